@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LUMA', 'FORMATS', 'EXTENSIONS', 'ROBUST', 'FOLDERS', 'rgb_to_ycbcr', 'ycbcr_to_rgb', 'Pixels', 'read_pixels',
-           'thermal_range', 'Picture', 'read_image', 'read_pair', 'to_levels', 'write_image', 'Pair', 'Pairs',
-           'list_images', 'find_source', 'find_pairs']
+           'thermal_range', 'check_range', 'Picture', 'read_image', 'read_pair', 'to_levels', 'write_image', 'Pair',
+           'Pairs', 'list_images', 'find_source', 'find_pairs']
 
 # %% ../nbs/03_data/02_images.ipynb #d3c121d1
 import os
@@ -54,7 +54,7 @@ class Pixels:
     mode: str  # how the file stores it, in Pillow's words
     notes: tuple[str, ...] = ()  # what a user should know, e.g. that transparency was dropped
 
-# %% ../nbs/03_data/02_images.ipynb #8c56859f
+# %% ../nbs/03_data/02_images.ipynb #ae695085
 def _stored_bits(im: Image.Image) -> int:
     "Bits per sample in the file, which may be more than Pillow would decode."
     if im.format == "TIFF": return max(im.tag_v2.get(258, (1,)))
@@ -75,14 +75,15 @@ def _deep_colour(path: Path, im: Image.Image) -> Pixels:
     import kornia_rs
     rust = getattr(kornia_rs, "io", kornia_rs)  # older versions keep the functions at the top level
     read = {"PNG": rust.read_image_png_u16, "TIFF": rust.read_image_tiff_u16}.get(im.format)
-    layout = str(im.tile[0][3])
+    layout, turned = str(im.tile[0][3]), im.getexif().get(0x0112, 1) != 1
+    if turned: raise InputError(f"{path}: is stored turned; save it upright")
     if read is None or im.mode not in ("RGB", "RGBA") or "LA" in layout:
         raise InputError(f"{path}: {im.format} with 16 bits in an unusual layout ({layout}) cannot be read at full depth; "
                          "save it as 16-bit RGB or grey PNG")
     values = read(str(path), im.mode.lower())[..., :3]
     return Pixels(values, 65535.0, f"{im.mode};16", ("alpha channel ignored",) if im.mode == "RGBA" else ())
 
-# %% ../nbs/03_data/02_images.ipynb #3abbd9bc
+# %% ../nbs/03_data/02_images.ipynb #5463edc3
 _COLOUR = ("RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "P", "PA")
 
 def _shallow(im: Image.Image) -> Pixels:
@@ -100,13 +101,13 @@ def _decode(path: Path, im: Image.Image) -> Pixels:
     if im.mode in ("I", "F", "I;16", "I;16B", "I;16L", "I;16N") and not (im.format == "PPM" and im.tile[0][0] != "raw"):
         if im.format == "TIFF" and (bits not in (16, 32, 64) or (im.mode == "I" and im.tag_v2.get(339, (1,))[0] == 1)):
             raise InputError(f"{path}: {bits}-bit unsigned samples; convert it to a 16-bit TIFF or PNG")
-        values, deep = np.asarray(im), im.mode.startswith("I;16") or im.format in ("PNG", "PPM")
+        values, deep = np.asarray(ImageOps.exif_transpose(im)), im.mode.startswith("I;16") or im.format in ("PNG", "PPM")
         kind = np.float32 if im.mode == "F" else np.uint16 if deep else np.int32
         return Pixels(values.astype(kind), 65535.0 if deep else None, im.mode)
     if bits <= 8: return _shallow(im)
     return _deep_pnm(path, im) if im.format == "PPM" else _deep_colour(path, im)
 
-# %% ../nbs/03_data/02_images.ipynb #47707db7
+# %% ../nbs/03_data/02_images.ipynb #4870f825
 def read_pixels(
     path: str | Path,  # PNG, JPEG, TIFF, BMP, PGM/PPM, WebP or GIF
 ) -> Pixels:  # samples in the file's own units
@@ -114,7 +115,7 @@ def read_pixels(
     path = Path(path)
     if not path.is_file(): raise InputError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; give an image file")
     try:
-        with Image.open(path, formats=FORMATS) as im: pixels = _decode(path, im)
+        with path.open("rb") as f, Image.open(f, formats=FORMATS) as im: pixels = _decode(path, im)
     except (InputError, MemoryError): raise
     except Image.UnidentifiedImageError as e:
         raise InputError(f"{path}: not a readable image ({path.stat().st_size} bytes); export it again as one of {', '.join(FORMATS)}") from e
@@ -124,7 +125,7 @@ def read_pixels(
         raise InputError(f"{path}: contains NaN or infinite values; repair or crop the image first")
     return pixels
 
-# %% ../nbs/03_data/02_images.ipynb #15fd7571
+# %% ../nbs/03_data/02_images.ipynb #907cb298
 ROBUST = (0.1, 99.9)  # percentiles that bound a thermal image deeper than 8 bits
 
 def thermal_range(
@@ -135,7 +136,10 @@ def thermal_range(
     if lo < hi: return lo, hi, f"{ROBUST[0]}–{ROBUST[1]} percentiles"
     return float(values.min()), float(values.max()), "minimum and maximum"
 
-def _check_range(range) -> tuple[float, float]:
+def check_range(
+    range,  # two numbers, lowest and highest value
+) -> tuple[float, float]:  # the same as floats
+    "Return a range as floats; `InputError` unless it is two finite numbers in ascending order."
     try: lo, hi = (float(v) for v in range)
     except (TypeError, ValueError) as e: raise InputError(f"range: expected two numbers, found {range!r}; give LO HI") from e
     if not (np.isfinite([lo, hi]).all() and lo < hi):
@@ -163,7 +167,7 @@ class Picture:
         "Height and width in pixels."
         return self.luminance.shape
 
-# %% ../nbs/03_data/02_images.ipynb #b9da3d7f
+# %% ../nbs/03_data/02_images.ipynb #9e03ce64
 def _is_grey(values: np.ndarray) -> bool:
     return values.ndim == 2 or bool((values[..., :1] == values).all())
 
@@ -185,7 +189,7 @@ def _infrared(px: Pixels, range) -> tuple[np.ndarray, tuple[str, ...]]:
     values = px.values if px.values.ndim == 2 else px.values[..., 0]
     notes = () if _is_grey(px.values) else ("infrared is in colour: its first channel is used",)
     unit = px.full is None and px.values.dtype == np.float32 and values.min() >= 0 and values.max() <= 1
-    if range is not None: (lo, hi), how = _check_range(range), "given"
+    if range is not None: (lo, hi), how = check_range(range), "given"
     elif px.full == 255: return values.astype(np.float32) / np.float32(255), notes
     elif unit: return values, (*notes, "infrared values lie in [0, 1] and are used as they are")
     else: lo, hi, how = thermal_range(values)
@@ -298,7 +302,7 @@ def list_images(
             found.setdefault(path.stem, []).append(path)
     return found
 
-# %% ../nbs/03_data/02_images.ipynb #ec44eeed
+# %% ../nbs/03_data/02_images.ipynb #c278530e
 def _named(folder: Path, modality: str) -> list[Path]:
     "Subfolders that carry one of the usual names of a modality."
     return sorted(d for d in folder.iterdir() if d.is_dir() and d.name.lower() in FOLDERS[modality])
@@ -311,15 +315,16 @@ def find_source(
     path, names = Path(path).expanduser(), " or ".join(FOLDERS[modality])
     if path.is_file(): return path
     if path.is_dir():
-        if list_images(path): return path
         candidates = [d for d in _named(path, modality) if list_images(d)]
+        if list_images(path) and not candidates: return path
         problem = f"holds no image ({' '.join(EXTENSIONS)}) and no folder {names} with images"
     else:
         alias = path.name.lower() in FOLDERS[modality] and path.parent.is_dir()
-        candidates, problem = _named(path.parent, modality) if alias else [], "no such file or folder"
+        candidates = [d for d in _named(path.parent, modality) if list_images(d)] if alias else []
+        problem = "no such file or folder"
     if not candidates: raise InputError(f"{path}: {problem}; check the path")
     if len(candidates) > 1: raise InputError(f"{path}: could mean {' or '.join(c.name for c in candidates)}; name the folder")
-    return find_source(candidates[0], modality) if path != candidates[0] else path
+    return candidates[0]
 
 # %% ../nbs/03_data/02_images.ipynb #3692c937
 def _match(irs: dict[str, list[Path]], viss: dict[str, list[Path]], places: dict[str, Path]) -> Pairs:

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PRESETS', 'FORMAT', 'Config', 'configuration', 'read_header', 'SMFNet']
 
-# %% ../nbs/01_network/08_network.ipynb #068662c0
+# %% ../nbs/01_network/08_network.ipynb #1fda1605
 import json
 from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -162,7 +163,7 @@ def reconstruct(
     f = self(vis=vis, ir=ir, stage=1)
     return {k: f[k] for k in ("recon_vis", "recon_ir")}
 
-# %% ../nbs/01_network/08_network.ipynb #acc0db4b
+# %% ../nbs/01_network/08_network.ipynb #8c74eafc
 @patch
 def save(
     self: SMFNet,
@@ -192,7 +193,7 @@ def from_pretrained(
     name: str = "tiny",  # a model that ships with the package
 ) -> SMFNet:  # in evaluation mode, on the CPU
     "Load weights that ship inside the package; raises `InputError` for an unknown name."
-    folder = Path(__file__).parent / "weights"
+    folder = Path(str(files("smfnet"))) / "weights"
     shipped = sorted(p.stem for p in folder.glob("*.safetensors"))
     if name not in shipped: raise InputError(f"{name!r}: not shipped with this package; available: {', '.join(shipped) or 'none'}")
     return cls.load(folder / f"{name}.safetensors")

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'Parameter', 'notebook_parameters', 'check_parameters', 'NotebookFailure', 'run_notebook', 'Stage',
            'project_root', 'read_profiles', 'load_plan', 'stage_code', 'stage_key', 'is_current', 'run_stage',
-           'reproduce', 'main']
+           'drop_stale', 'reproduce', 'main']
 
-# %% ../nbs/08_app/01_pipeline.ipynb #72718a18
+# %% ../nbs/08_app/01_pipeline.ipynb #88a26901
 import argparse
 import ast
 import contextlib
 import difflib
+import hashlib
 import io
 import json
 import os
@@ -126,17 +127,17 @@ def _working_folder(folder: str | Path | None) -> Iterator[None]:
         os.chdir(before)
         if interval is None: del os.environ["TQDM_MININTERVAL"]
 
-# %% ../nbs/08_app/01_pipeline.ipynb #e18fa462
+# %% ../nbs/08_app/01_pipeline.ipynb #f6f18a63
 def _where(notebook: Path, source: str) -> str:
     cells = [_code(c) for c in _cells(notebook) if c["cell_type"] == "code"]
     number = f"code cell {cells.index(source) + 1}" if source in cells else "a cell"
     first = next((line for line in source.splitlines() if line.strip() and not line.startswith("#")), "")
     return f"{notebook}: {number} (`{first.strip()[:60]}`)"
 
-def _running(executed: Path) -> str:
+def _last_started(executed: Path) -> str:
     if not executed.exists(): return ""
-    states = {c["metadata"].get("papermill", {}).get("status"): _code(c) for c in _cells(executed)}
-    return states.get("running", "")
+    started = [c for c in _cells(executed) if c["metadata"].get("papermill", {}).get("status", "pending") != "pending"]
+    return _code(started[-1]) if started else ""
 
 def _execute(notebook: Path, executed: Path, params: dict, kernel: str, progress: bool) -> None:
     pm = _papermill()
@@ -144,12 +145,13 @@ def _execute(notebook: Path, executed: Path, params: dict, kernel: str, progress
     from nbclient.exceptions import DeadKernelError
 
     show = {"stdout_file": sys.stdout, "stderr_file": sys.stderr} if progress else {}
+    if kernel == "python3": show["extra_arguments"] = ["--log-level=ERROR"]  # no warning about connections within this machine
     bar = {"desc": executed.parent.name} if progress else False
     try: pm.execute_notebook(notebook, executed, parameters=params, kernel_name=kernel, progress_bar=bar, **show)
     except pm.PapermillExecutionError as e:
         raise NotebookFailure(f"{_where(notebook, e.source)} raised {e.ename}: {e.evalue}\nexecuted copy: {executed}") from None
     except DeadKernelError:
-        where = _where(notebook, _running(executed))
+        where = _where(notebook, _last_started(executed))
         raise NotebookFailure(f"{where} ended the kernel; was there enough memory?\nexecuted copy: {executed}") from None
     except NoSuchKernel as e: raise InputError(f"kernel '{kernel}' is not installed; install ipykernel or name another ({e})") from e
 
@@ -176,7 +178,7 @@ def run_notebook(
         write_json(folder / "provenance.json", record | {"seconds": round(time.monotonic() - started, 1)})
         return executed.absolute()
 
-# %% ../nbs/08_app/01_pipeline.ipynb #618461cb
+# %% ../nbs/08_app/01_pipeline.ipynb #63d8177a
 @dataclass(frozen=True)
 class Stage:
     "One stage of a plan; paths are relative to the top of the repository."
@@ -198,7 +200,12 @@ class Stage:
         "Path of the notebook as it ran."
         return f"{self.folder}/executed.ipynb"
 
-# %% ../nbs/08_app/01_pipeline.ipynb #d0401153
+    @property
+    def token(self) -> str:
+        "Path of the file that tells Snakemake that the stage is complete."
+        return f"{Path(self.folder).parent.as_posix()}/.complete/{self.name}.json"
+
+# %% ../nbs/08_app/01_pipeline.ipynb #0d104970
 EXPERIMENTS = "nbs/experiments"
 
 def project_root(
@@ -210,6 +217,7 @@ def project_root(
         if (folder / EXPERIMENTS / "profiles.yaml").is_file(): return folder
     raise InputError(f"{start}: {EXPERIMENTS}/profiles.yaml is neither here nor above; run this in a clone of the repository")
 
+# %% ../nbs/08_app/01_pipeline.ipynb #27a6bdac
 def _keys(what: str, found: Mapping | None, allowed: set[str]) -> Mapping:
     if not isinstance(found := found or {}, Mapping): raise InputError(f"profiles.yaml: {what} must be a mapping")
     if extra := set(found) - allowed:
@@ -235,7 +243,7 @@ def read_profiles(
             _keys(f"{name}: params", what.get("params"), names)
     return table
 
-# %% ../nbs/08_app/01_pipeline.ipynb #55fda3cc
+# %% ../nbs/08_app/01_pipeline.ipynb #9dd73f0d
 def _fill(value, words: Mapping[str, str], stage: str):
     if isinstance(value, list | tuple): return [_fill(v, words, stage) for v in value]
     if isinstance(value, Mapping): return {k: _fill(v, words, stage) for k, v in value.items()}
@@ -244,13 +252,11 @@ def _fill(value, words: Mapping[str, str], stage: str):
     except (KeyError, ValueError, IndexError, AttributeError) as e:
         raise InputError(f"profiles.yaml: {stage}: '{value}' cannot be filled in ({e}); it may use {', '.join(words)}") from e
 
-def _earlier(after: Iterable[str], stages: Mapping[str, Stage], stage: str) -> set[str]:
-    "Names of all stages that must be complete, those before those included."
-    found = set()
-    for name in after or ():
+def _earlier(after: Iterable[str], stages: Mapping[str, Stage], stage: str) -> dict[str, str]:
+    "Folders of the stages that must be complete, by name."
+    for name in after:
         if name not in stages: raise InputError(f"profiles.yaml: {stage} comes after '{name}', which is not declared above it")
-        found |= {name} | _earlier(stages[name].after, stages, name)
-    return found
+    return {name: stages[name].folder for name in after}
 
 def _own(path: str, stage: str, profile: str) -> str:
     inside = os.path.normpath(path).split(os.sep)
@@ -272,7 +278,7 @@ def _stage_params(table: Mapping, profile: Mapping, stage: str, overrides: Mappi
     if data: merged |= layers[2].get(stage) or {}
     return merged | {key.partition(".")[2]: v for key, v in overrides.items() if key.partition(".")[0] == stage}
 
-# %% ../nbs/08_app/01_pipeline.ipynb #e4dead4f
+# %% ../nbs/08_app/01_pipeline.ipynb #854ce8ed
 def load_plan(
     root: str | Path | None = None,  # top of the repository; found from the current folder if None
     *,
@@ -290,8 +296,7 @@ def load_plan(
         if key.partition(".")[0] not in table["stages"]: raise InputError(f"'{key}' sets no stage; there are {', '.join(table['stages'])}")
     for name, declared in table["stages"].items():
         after, folder = tuple(declared.get("after") or ()), f"runs/{profile}/{name}"
-        words = {"out": folder, "figures": f"figures/{profile}", "data": data, "profile": profile}
-        words |= {earlier: stages[earlier].folder for earlier in stages if earlier in _earlier(after, stages, name)}
+        words = {"out": folder, "figures": f"figures/{profile}", "data": data, "profile": profile, **_earlier(after, stages, name)}
         inputs = [i for i in declared.get("inputs") or () if data or "{data}" not in i]
         stages[name] = Stage(
             name=name, notebook=f"{EXPERIMENTS}/{declared['notebook']}", folder=folder, after=after, inputs=tuple(_fill(inputs, words, name)),
@@ -332,7 +337,7 @@ def stage_code(
             queue |= _imports(file.read_text(encoding="utf-8"), ".".join(parts[:-1]))
     return sorted(found)
 
-# %% ../nbs/08_app/01_pipeline.ipynb #08dd543f
+# %% ../nbs/08_app/01_pipeline.ipynb #0bf4433e
 def _results(stage: Stage, root: Path) -> dict[str, str | None]:
     return {o: sha256(root / o) if (root / o).exists() else None for o in stage.outputs}
 
@@ -345,10 +350,11 @@ def stage_key(
     plan: Mapping[str, Stage],  # the whole plan
     root: Path,  # top of the repository
 ) -> dict:  # plain values that go into JSON
-    "Everything that a stage's results depend on: notebook, code, parameters, further inputs and earlier results."
+    "Everything that a stage's results depend on: the notebook's code, that of the package, parameters, further inputs and earlier results."
     notebook = root / stage.notebook
+    source = json.dumps([_code(c) for c in _cells(notebook) if c["cell_type"] == "code"])
     return {
-        "notebook": sha256(notebook),
+        "notebook": hashlib.sha256(source.encode()).hexdigest(),
         "code": {f.name if f.parent.name == "smfnet" else f"{f.parent.name}/{f.name}": sha256(f) for f in stage_code(notebook)},
         "params": check_parameters(notebook, stage.params),
         "inputs": {i: sha256(root / i) for i in stage.inputs},
@@ -364,7 +370,7 @@ def is_current(
     made = _read(root / stage.manifest)
     return made == {"key": json.loads(json.dumps(stage_key(stage, plan, root))), "results": _results(stage, root)}
 
-# %% ../nbs/08_app/01_pipeline.ipynb #a7759025
+# %% ../nbs/08_app/01_pipeline.ipynb #e16540be
 def _clear(stage: Stage, root: Path) -> None:
     for path in (root / o for o in (*stage.outputs, stage.manifest)):
         if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
@@ -375,14 +381,17 @@ def run_stage(
     plan: Mapping[str, Stage],  # from `load_plan`
     root: str | Path | None = None,  # top of the repository; found from the current folder if None
     *,
+    if_needed: bool = False,  # leave a stage alone that is current
     progress: bool = True,  # show a bar of cells, and what the notebook prints
 ) -> Path:  # the executed notebook
-    "Run one stage of a plan, whether or not it is current; earlier stages must be complete."
+    "Run one stage of a plan; earlier stages must be complete."
     if name not in plan: raise InputError(f"no stage '{name}'; there are {', '.join(plan)}")
     root, stage = Path(root or project_root()), plan[name]
     for earlier in stage.after:
         if not (root / plan[earlier].manifest).is_file():
             raise InputError(f"{plan[earlier].folder}: stage {earlier} is not complete; run it first: python -m smfnet.pipeline run {earlier}")
+    if if_needed and is_current(stage, plan, root): return (root / stage.executed).absolute()
+    if progress: print(f"\n== {name}: {stage.notebook} -> {stage.folder}/", flush=True)
     key = stage_key(stage, plan, root)
     _clear(stage, root)
     inputs = [*stage.inputs, *(o for earlier in stage.after for o in plan[earlier].outputs)]
@@ -393,20 +402,31 @@ def run_stage(
     write_json(root / stage.manifest, {"key": key, "results": results})
     return executed
 
-# %% ../nbs/08_app/01_pipeline.ipynb #5220c8b6
-def _snakemake(root: Path, plan: Mapping[str, Stage], settings: Mapping, cores: str, extra: Iterable[str]) -> list[str]:
-    stale = [s.name for s in plan.values() if (root / s.manifest).exists() and not is_current(s, plan, root)]
+# %% ../nbs/08_app/01_pipeline.ipynb #07dd5536
+def drop_stale(
+    plan: Mapping[str, Stage],  # from `load_plan`
+    root: Path,  # top of the repository
+) -> list[str]:  # stages that are to run
+    "Remove the tokens of all stages that are missing or out of date, so that Snakemake runs them."
+    stale = [s for s in plan.values() if not is_current(s, plan, root)]
+    for stage in stale: (root / stage.token).unlink(missing_ok=True)
+    return [s.name for s in stale]
+
+# %% ../nbs/08_app/01_pipeline.ipynb #1048bfbc
+def _snakemake(root: Path, settings: Mapping, cores: str, extra: Iterable[str]) -> list[str]:
+    config = root / ".snakemake" / f"settings-{settings['profile']}.json"  # a file keeps the types of the values
+    write_json(config, settings)
     return [
         sys.executable, "-m", "snakemake", "--snakefile", str(root / EXPERIMENTS / "Snakefile"), "--directory", str(root),
-        "--cores", cores, "--keep-going", "--rerun-incomplete", "--max-checksum-file-size", str(2**40),
-        "--rerun-triggers", "mtime", "input", "params", "--quiet", "host", "rules", "progress",
-        *(("--forcerun", *stale) if stale else ()), *extra, "--config", *(f"{k}={json.dumps(v)}" for k, v in settings.items())]
+        "--cores", cores, "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "input",
+        "--max-checksum-file-size", str(2**40), "--quiet", "host", "rules", "progress",
+        "--configfile", str(config), *extra]
 
 def _summary(root: Path, plan: Mapping[str, Stage], profile: str) -> str:
     lines = [f"  {s.name:<14} {'done' if is_current(s, plan, root) else 'NOT DONE'}  {s.folder}" for s in plan.values()]
     return "\n".join([*lines, f"Look at runs/{profile}/ (executed notebooks, results) and figures/{profile}/ (pictures)."])
 
-# %% ../nbs/08_app/01_pipeline.ipynb #c1280de9
+# %% ../nbs/08_app/01_pipeline.ipynb #e694bd72
 def reproduce(
     root: str | Path | None = None,  # top of the repository; found from the current folder if None
     *,
@@ -424,12 +444,13 @@ def reproduce(
     try: import snakemake  # noqa: F401
     except ImportError as e: raise InputError("Snakemake is not installed (it needs Python 3.11); or run the stages one by one with 'run'") from e
     settings = {"profile": profile, "data": str(Path(data).absolute()) if data else "", "overrides": dict(overrides or {})}
-    command = _snakemake(root, plan, settings, cores, [*(["--dry-run"] if dry_run else []), *extra])
+    command = _snakemake(root, settings, cores, [*(["--dry-run"] if dry_run else []), *extra])
     status = subprocess.run(command, cwd=root, stdin=subprocess.DEVNULL).returncode
-    if not dry_run: print(_summary(root, plan, profile), flush=True)
-    return status
+    if dry_run: return status
+    print(_summary(root, plan, profile), flush=True)
+    return status or int(not all(is_current(s, plan, root) for s in plan.values()))
 
-# %% ../nbs/08_app/01_pipeline.ipynb #9398ea35
+# %% ../nbs/08_app/01_pipeline.ipynb #0422a3ff
 def _overrides(texts: Iterable[str]) -> dict:
     import yaml
 
@@ -451,11 +472,13 @@ def _parser() -> argparse.ArgumentParser:
     whole.add_argument("--cores", default="all", help="processors to use (default: all)")
     whole.add_argument("--dry-run", action="store_true", help="only say what would run")
     whole.add_argument("snakemake", nargs="*", help="further arguments for Snakemake, behind --")
-    commands.add_parser("run", parents=[common], help="one stage").add_argument("stage")
+    single = commands.add_parser("run", parents=[common], help="one stage")
+    single.add_argument("stage")
+    single.add_argument("--if-needed", action="store_true", help="leave it alone when it is current")
     commands.add_parser("show", parents=[common], help="the stages, and how to run each by papermill alone")
     return parser
 
-# %% ../nbs/08_app/01_pipeline.ipynb #f311b603
+# %% ../nbs/08_app/01_pipeline.ipynb #dc5686a1
 def _show(plan: Mapping[str, Stage], root: Path) -> None:
     for stage in plan.values():
         state = "done" if is_current(stage, plan, root) else "to do"
@@ -473,7 +496,7 @@ def main(
             return reproduce(root, profile=args.profile, data=args.data, overrides=overrides, cores=args.cores, dry_run=args.dry_run, extra=args.snakemake)
         plan = load_plan(root, profile=args.profile, data=args.data, overrides=overrides)
         if args.command == "show": _show(plan, root)
-        else: print(f"{args.stage}: done, see {run_stage(args.stage, plan, root)}")
+        else: print(f"{args.stage}: done, see {run_stage(args.stage, plan, root, if_needed=args.if_needed)}")
     except (InputError, NotebookFailure) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2 if isinstance(e, InputError) else 1

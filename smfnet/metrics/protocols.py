@@ -106,7 +106,7 @@ def measure(
     parts = [{name: metric(p, *group) for name, metric in METRICS.items()} for group in groups]
     return {name: torch.cat([part[name] for part in parts]) for name in METRICS}
 
-# %% ../../nbs/06_metrics/06_protocols.ipynb #6ea39f92
+# %% ../../nbs/06_metrics/06_protocols.ipynb #dc123471
 def to_gray(
     name: str,  # of the argument or file, for error messages
     image,  # H×W array or tensor, 0-255
@@ -114,12 +114,13 @@ def to_gray(
     rounding: str = "half_even",  # or "truncate"
 ) -> Tensor:  # 1×1×H×W, float32, whole numbers 0-255
     "Check one gray image and bring it to whole numbers, as saving it in 8 bits would."
-    x = image.detach() if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
+    try: x = image.detach() if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
+    except (TypeError, ValueError) as e: raise InputError(f"{name}: is no array of numbers ({e}); pass an H×W array or tensor") from e
     if x.ndim != 2 or not x.numel():
         raise InputError(f"{name}: expected a gray H×W image, found shape {tuple(x.shape)}; turn colour into luminance and pass one image at a time")
-    if x.is_complex() or not torch.isfinite(x).all():
-        raise InputError(f"{name}: contains NaN, infinite or complex values; repair the image first")
-    low, high = x.min().item(), x.max().item()
+    if x.is_complex(): raise InputError(f"{name}: contains complex values; pass magnitudes from 0 to 255")
+    low, high = (v.item() for v in x.aminmax())
+    if low != low: raise InputError(f"{name}: contains NaN; repair the image first")
     if low < 0 or high > 255:
         raise InputError(f"{name}: values span [{low:.6g}, {high:.6g}]; metrics take 0 to 255, so scale or clip the image")
     x = x.float()

@@ -14,19 +14,20 @@ from torch import Tensor
 
 from .filters import strips
 
-# %% ../../nbs/06_metrics/05_qabf.ipynb #298219fa
+# %% ../../nbs/06_metrics/05_qabf.ipynb #69add1f3
 def edges(
     x: Tensor,  # ...×(h+2)×(W+2), float64, padded by one pixel
 ) -> tuple[Tensor, Tensor]:  # strength and angle, ...×h×W; angle in (−π/2, π/2]
     "Sobel edge strength and angle; the angle is π/2 where the horizontal difference is 0."
-    column = x[..., :-2, :] + x[..., 2:, :] + 2 * x[..., 1:-1, :]
-    row = x[..., :-2] + x[..., 2:] + 2 * x[..., 1:-1]
+    column = (x[..., :-2, :] + x[..., 2:, :]).add_(x[..., 1:-1, :], alpha=2)
+    row = (x[..., :-2] + x[..., 2:]).add_(x[..., 1:-1], alpha=2)
     sx = column[..., 2:] - column[..., :-2]
     sy = row[..., :-2, :] - row[..., 2:, :]
-    angle = torch.atan(sy / sx)
-    return (sx * sx + sy * sy).sqrt_(), torch.where(sx == 0, math.pi / 2, angle)
+    upright = (sx == 0).to(x.dtype)
+    angle = (sy / (sx + upright)).atan_().mul_(1 - upright).add_(upright, alpha=math.pi / 2)
+    return (sx * sx).addcmul_(sy, sy).sqrt_(), angle
 
-# %% ../../nbs/06_metrics/05_qabf.ipynb #1672aefc
+# %% ../../nbs/06_metrics/05_qabf.ipynb #aa6b9280
 def preservation(
     fused: tuple[Tensor, Tensor],  # strength and angle of the fused image
     source: tuple[Tensor, Tensor],  # strength and angle of a source
@@ -35,14 +36,14 @@ def preservation(
 ) -> Tensor:  # about 0 to 0.98
     "Edge preservation: product of a strength sigmoid and an angle sigmoid."
     (gf, af), (gs, angle) = fused, source
-    ratio = torch.minimum(gf, gs) / torch.maximum(gf, gs)
-    ratio = torch.where(gf == gs, gf, ratio)
+    equal = (gf == gs).to(gf.dtype)
+    ratio = torch.minimum(gf, gs).div_(torch.maximum(gf, gs) + equal).mul_(1 - equal).addcmul_(equal, gf)
     turn = (af - angle).abs_()
     if fold: turn = torch.minimum(turn, math.pi - turn)
     similar = 1 - turn / (math.pi / 2)
-    return 0.9994 * 0.9879 * torch.sigmoid(15 * (ratio - 0.5)) * torch.sigmoid(22 * (similar - 0.8))
+    return (15 * (ratio - 0.5)).sigmoid_().mul_((22 * (similar - 0.8)).sigmoid_()).mul_(0.9994 * 0.9879)
 
-# %% ../../nbs/06_metrics/05_qabf.ipynb #bad2397d
+# %% ../../nbs/06_metrics/05_qabf.ipynb #36f8fa14
 def qabf(
     *,
     fused: Tensor,  # B×1×H×W, 0-255
@@ -54,9 +55,8 @@ def qabf(
     "Qabf: edge preservation, weighted by the edge strength of both sources."
     mode = {"mode": "replicate"} if border == "replicate" else {"value": 0.0}
     images = F.pad(torch.cat([fused, ir, vis], 1), (1, 1, 1, 1), **mode)
-    B, _, H, W = images.shape
     total = weight = 0
-    for rows in strips(H, B * W, window=3):
+    for rows in strips(images, window=3):
         strength, angle = edges(images[:, :, rows].double())
         q = preservation((strength[:, :1], angle[:, :1]), (strength[:, 1:], angle[:, 1:]), fold=fold)
         total = total + (q * strength[:, 1:]).sum((1, 2, 3))

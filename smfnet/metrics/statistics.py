@@ -18,21 +18,20 @@ def standard_deviation(
     "SD: population standard deviation of gray levels."
     return fused.double().flatten(1).std(1, correction=0)
 
-# %% ../../nbs/06_metrics/02_statistics.ipynb #30b8ee1c
+# %% ../../nbs/06_metrics/02_statistics.ipynb #2485e2e9
 def spatial_frequency(
     fused: Tensor,  # B×1×H×W, 0-255
     *,
     mean_over: str = "differences",  # or "pixels": divide both sums by H·W
 ) -> Tensor:  # B, float64, gray levels a pixel
     "SF: root of the mean squared horizontal plus the mean squared vertical first difference."
-    x = fused.double()
     square = 0
     for dim in (-1, -2):
-        d = x.diff(dim=dim).square_().flatten(1)
-        square = square + d.sum(1) / (d.shape[1] if mean_over == "differences" else x[0].numel())
+        d = fused.diff(dim=dim).flatten(1)
+        square = square + d.square_().sum(1, dtype=torch.float64) / (d.shape[1] if mean_over == "differences" else fused[0].numel())
     return square.sqrt()
 
-# %% ../../nbs/06_metrics/02_statistics.ipynb #37e4fbd5
+# %% ../../nbs/06_metrics/02_statistics.ipynb #d860a7f5
 def central_difference(
     x: Tensor,  # ...×H×W
     dim: int,  # -1 horizontal, -2 vertical
@@ -49,21 +48,22 @@ def average_gradient(
     half: bool = False,  # divide by 2 under the root
 ) -> Tensor:  # B, float64, gray levels a pixel
     "AG: mean length of the gradient, from central differences."
-    x = fused.double()
-    length = torch.hypot(central_difference(x, -1), central_difference(x, -2))
-    return length.flatten(1).mean(1) * (0.5**0.5 if half else 1)
+    square = central_difference(fused, -1).square_().add_(central_difference(fused, -2).square_())
+    return square.sqrt_().mean((1, 2, 3), dtype=torch.float64) * (0.5**0.5 if half else 1)
 
-# %% ../../nbs/06_metrics/02_statistics.ipynb #5051ceae
+# %% ../../nbs/06_metrics/02_statistics.ipynb #4bea53b6
 def correlation(
-    x: Tensor,  # B×1×H×W, float64
-    y: Tensor,  # B×1×H×W, float64
+    x: Tensor,  # B×1×H×W
+    y: Tensor,  # B×1×H×W
 ) -> Tensor:  # B, float64, [-1, 1]; NaN where x or y is constant
     "Pearson's correlation of two images."
-    x, y = x.flatten(1), y.flatten(1)
-    constant = (x.amax(1) == x.amin(1)) | (y.amax(1) == y.amin(1))
-    x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
-    r = (x * y).sum(1) / (x.square().sum(1) * y.square().sum(1)).sqrt()
-    return r.masked_fill(constant, float("nan"))
+    constant = (x.amax((1, 2, 3)) == x.amin((1, 2, 3))) | (y.amax((1, 2, 3)) == y.amin((1, 2, 3)))
+    means = [z.mean((1, 2, 3), keepdim=True, dtype=torch.float64) for z in (x, y)]
+    xx = yy = xy = 0
+    for rows in strips(x):
+        dx, dy = (z[:, :, rows] - m for z, m in zip((x, y), means, strict=True))
+        xx, yy, xy = (t + (p * q).sum((1, 2, 3)) for t, p, q in ((xx, dx, dx), (yy, dy, dy), (xy, dx, dy)))
+    return (xy / (xx * yy).sqrt()).masked_fill(constant, float("nan"))
 
 def scd(
     *,
@@ -72,5 +72,4 @@ def scd(
     vis: Tensor,  # B×1×H×W, 0-255
 ) -> Tensor:  # B, float64, [-2, 2]; NaN where it is undefined
     "SCD: corr(ir, fused − vis) + corr(vis, fused − ir)."
-    f, a, b = fused.double(), ir.double(), vis.double()
-    return correlation(a, f - b) + correlation(b, f - a)
+    return correlation(ir, fused - vis) + correlation(vis, fused - ir)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SIZES', 'VIF_MIN_SIDE', 'NOISE', 'TINY', 'smallest_side', 'local_moments', 'information', 'vif']
 
-# %% ../../nbs/06_metrics/04_vif.ipynb #c71ccf38
+# %% ../../nbs/06_metrics/04_vif.ipynb #205be2db
 import torch
 from torch import Tensor
 
 from ..checks import InputError
-from .filters import filter_valid, gaussian, strips
+from .filters import Scratch, filter_valid, gaussian, moment_planes, strips
 
 # %% ../../nbs/06_metrics/04_vif.ipynb #648f2f90
 SIZES = (17, 9, 5, 3)
@@ -24,13 +24,14 @@ def smallest_side(
     for size in sizes[:0:-1]: side = 2 * (side - 1) + size
     return max(side, sizes[0])
 
-# %% ../../nbs/06_metrics/04_vif.ipynb #9c2de4e9
+# %% ../../nbs/06_metrics/04_vif.ipynb #3b4129fd
 def local_moments(
-    part: Tensor,  # B×3×h×W, float64: fused and both sources
+    part: Tensor,  # B×3×h×W: fused and both sources
     weights: list[float],  # Gaussian window
+    scratch: Scratch,  # memory to work in
 ) -> tuple[Tensor, Tensor, Tensor]:  # variance of fused B×1×.., of the sources B×2×.., their covariance B×2×..
     "Gaussian-weighted local variances (never negative) and covariances."
-    m = filter_valid(torch.cat([part, part * part, part[:, :1] * part[:, 1:]], 1), weights)
+    m = filter_valid(moment_planes(part, torch.float64, scratch), weights, scratch=scratch)
     mean = m[:, :3]
     var = m[:, 3:6].addcmul_(mean, mean, value=-1).clamp_(min=0)
     cov = m[:, 6:].addcmul_(mean[:, :1], mean[:, 1:], value=-1)
@@ -54,12 +55,11 @@ def information(
     var_s = var_s * seen
     return torch.log1p(g * g * var_s / (sv + NOISE)), torch.log1p(var_s / NOISE)
 
-# %% ../../nbs/06_metrics/04_vif.ipynb #7ab7829f
+# %% ../../nbs/06_metrics/04_vif.ipynb #1e0a4711
 def _scale_sums(images, weights, reference, drop_negative):
-    B, _, H, W = images.shape
-    sums = images.new_zeros(2, B, 2, dtype=torch.float64)
-    for rows in strips(H, B * W, window=len(weights)):
-        var_f, var_s, cov = local_moments(images[:, :, rows].double(), weights)
+    scratch, sums = Scratch(), images.new_zeros(2, len(images), 2, dtype=torch.float64)
+    for rows in strips(images, window=len(weights)):
+        var_f, var_s, cov = local_moments(images[:, :, rows], weights, scratch)
         if reference == "fused": var_f, var_s = var_s, var_f.expand_as(cov)
         kept, available = information(var_s, var_f, cov, drop_negative=drop_negative)
         sums[0] += kept.sum((2, 3))
@@ -67,8 +67,7 @@ def _scale_sums(images, weights, reference, drop_negative):
     return sums
 
 def _halve(images, weights):
-    B, _, H, W = images.shape
-    parts = [filter_valid(images[:, :, r].double(), weights, stride=2) for r in strips(H, B * W, window=len(weights), stride=2)]
+    parts = [filter_valid(images[:, :, r].double(), weights, stride=2) for r in strips(images, window=len(weights), stride=2)]
     return torch.cat(parts, 2)
 
 # %% ../../nbs/06_metrics/04_vif.ipynb #96d7c82d
