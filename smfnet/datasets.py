@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROADSCENE_SAME_SCENE', 'LoadedPair', 'load_pairs', 'contrast', 'grid', 'PatchSet']
 
-# %% ../nbs/03_data/03_datasets.ipynb #974492b5
+# %% ../nbs/03_data/03_datasets.ipynb #6140e815
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .checks import InputError
 from .images import Pair, find_pairs, read_pair

@@ -292,7 +292,7 @@ def _hills(stage, rng, *, depth, height, colour, heat):
     look = _look(colour, heat) * (1 + leaf * np.array([0.5, 0.5, 0.5, 0.12, 0, 0], np.float32))
     stage.paint((slice(0, bottom), slice(0, view.width)), cover, look, depth)
 
-# %% ../nbs/03_data/01_scenes.ipynb #31346930
+# %% ../nbs/03_data/01_scenes.ipynb #5dc7f1e6
 @dataclass(frozen=True)
 class Road:
     "Centre line a + b·z + c·z² and widths, all in metres."
@@ -303,7 +303,9 @@ class Road:
     walk: float  # width of each pavement
     ground: str  # "grass" or "paving", beyond the pavement
 
-    def centre(self, z): return self.a + self.b * z + self.c * z * z
+    def centre(self, z):
+        "Offset of the road's middle at a distance, metres."
+        return self.a + self.b * z + self.c * z * z
 
 def _road(rng):
     "A road somewhere ahead, or a paved square when it is very wide."
@@ -870,13 +872,15 @@ def _bollard(stage, rng, x, z):
     _limb(stage, (x, 0.02, z), (x, tall, z), (0.15, 0.14), _look((0.74, 0.73, 0.7), 0.28), CAR_STOP)
     _limb(stage, (x, tall * 0.72, z), (x, tall * 0.82, z), (0.15, 0.15), _look((0.9, 0.75, 0.15), 0.3), CAR_STOP)
 
-# %% ../nbs/03_data/01_scenes.ipynb #ead2ff44
+# %% ../nbs/03_data/01_scenes.ipynb #d76c2280
 class Layout:
     "Collects what stands on the street as (z, painter), and keeps places apart."
     def __init__(self, rng, view, road):
         self.rng, self.view, self.road, self.items, self.taken = rng, view, road, [], []
 
-    def add(self, z, painter, *arguments): self.items.append((z, painter, arguments))
+    def add(self, z, painter, *arguments):
+        "Plan something to be painted at distance z."
+        self.items.append((z, painter, arguments))
 
     def place(self, *, z, off, clear):
         "A free place (x, z) inside ranges of distance and of offset from the road's centre; None when it is crowded."
@@ -1194,10 +1198,10 @@ def render_set(
     _check(seed, size, None)
     return (render_scene(seed * 10**6 + i, size=size) for i in range(n))
 
-# %% ../nbs/03_data/01_scenes.ipynb #486bf905
+# %% ../nbs/03_data/01_scenes.ipynb #1e73e47f
 def _write_png(path, image):
     "Write an image with fixed settings, atomically."
-    with atomic_path(path) as part: Image.fromarray(image).save(part, format="PNG", compress_level=6)
+    with atomic_path(path) as part: Image.fromarray(image).save(part, format="PNG", compress_level=4)
 
 def write_scenes(
     folder: str | Path,  # made if missing; receives ir/, vi/, masks/ and boxes/

@@ -6,7 +6,8 @@
 __all__ = ['RECIPES', 'SUBNETWORKS', 'FUSION', 'Recipe', 'recipe', 'learning_rate', 'make_optimiser', 'clip_gradients',
            'TrainingError', 'batch_loss', 'freeze_batchnorm', 'Progress', 'Trainer']
 
-# %% ../nbs/04_training/02_training.ipynb #b2abc8af
+# %% ../nbs/04_training/02_training.ipynb #3e5b6fe1
+import hashlib
 import json
 import math
 import time
@@ -16,9 +17,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .checkpoints import flatten_optimiser, load_checkpoint, restore_optimiser, save_checkpoint
 from .checks import InputError
@@ -27,7 +29,7 @@ from .losses.stages import LossWeights, stage1_loss, stage2_loss
 from .network import SMFNet
 from .provenance import atomic_path, write_json
 
-# %% ../nbs/04_training/02_training.ipynb #f30606bf
+# %% ../nbs/04_training/02_training.ipynb #07db83c3
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides how a network is trained; see `RECIPES` for named ones."
@@ -59,7 +61,7 @@ class Recipe:
         if self.amp not in ("off", "bf16"): raise InputError(f"amp: {self.amp!r} is unknown; use 'off' or 'bf16'")
 
 RECIPES = {"paper": Recipe(), "released": Recipe(loss="released"),
-           "demo": Recipe(lr=1e-3, patch=64, stride=32, batch=4, lr_every=4, epochs=(8, 16), clip=0.1)}
+           "demo": Recipe(lr=2e-3, patch=64, stride=32, batch=4, lr_every=1, epochs=(2, 3), clip=0.1)}
 
 def recipe(
     name: str = "paper",  # a key of `RECIPES`
@@ -128,7 +130,7 @@ def freeze_batchnorm(
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d): m.eval()
 
-# %% ../nbs/04_training/02_training.ipynb #a61487c2
+# %% ../nbs/04_training/02_training.ipynb #3432a9ea
 @dataclass
 class Progress:
     "Where a run stands."
@@ -163,7 +165,8 @@ class Trainer:
         if r.channels_last: model.to(memory_format=torch.channels_last)
         self.call = torch.compile(model) if r.compile else model
         self.optimiser, self.progress = make_optimiser(model, r), Progress(stage=self.stages[0])
-        self.identity = {"config": asdict(model.config), "recipe": _plain(r), "seed": seed, "stages": list(self.stages), "data": data.fingerprint()}
+        self.identity = {"config": asdict(model.config), "recipe": _plain(r), "seed": seed, "stages": list(self.stages),
+                         "data": data.fingerprint(), "initial weights": _fingerprint(model)}
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log = self.folder / "log.jsonl"
 
@@ -175,10 +178,13 @@ class Trainer:
 def _plain(r: Recipe) -> dict:
     return json.loads(json.dumps(asdict(r)))
 
-# %% ../nbs/04_training/02_training.ipynb #d05ae085
-from fastcore.basics import patch
+def _fingerprint(model: nn.Module) -> str:
+    "A checksum of all weights."
+    h = hashlib.sha256()
+    for name, value in model.state_dict().items(): h.update(name.encode()); h.update(value.detach().cpu().numpy().tobytes())
+    return h.hexdigest()
 
-
+# %% ../nbs/04_training/02_training.ipynb #f608b4d7
 @patch
 def save(self: Trainer) -> Path:  # the checkpoint's JSON file
     "Write a checkpoint of the complete state."
@@ -190,12 +196,17 @@ def save(self: Trainer) -> Path:  # the checkpoint's JSON file
                            {"progress": asdict(self.progress), "groups": groups, "identity": self.identity})
 
 @patch
-def resume(self: Trainer) -> bool:  # whether a checkpoint was found
+def resume(
+    self: Trainer,
+    *,
+    other: str = "error",  # what to do with another run's checkpoint: "error", or "restart" (it is set aside)
+) -> bool:  # whether a checkpoint was found
     "Continue from the newest sound checkpoint of this folder; `InputError` if it belongs to another run."
     found = load_checkpoint(self.folder / "checkpoints")
-    if found is None: return False
+    if found is None: return _set_aside(self, ["log.jsonl"])
     tensors, state = found
     differs = [k for k, v in self.identity.items() if state["identity"].get(k) != v]
+    if differs and other == "restart": return _set_aside(self, ["checkpoints", "log.jsonl"])
     if differs:
         raise InputError(f"{self.folder}: holds a run with another {', '.join(differs)}; use another folder, or remove it to start over")
     self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
@@ -207,7 +218,16 @@ def resume(self: Trainer) -> bool:  # whether a checkpoint was found
         with self.log.open("r+b") as f: f.truncate(self.progress.log_bytes)
     return True
 
-# %% ../nbs/04_training/02_training.ipynb #8f5661a5
+def _set_aside(self, names: list[str]) -> bool:
+    "Move what another run left to old-1, old-2, …; always False, as nothing was resumed."
+    found = [self.folder / n for n in names if (self.folder / n).exists()]
+    number = next(i for i in range(1, 10 ** 6) if not (self.folder / f"old-{i}").exists())
+    for path in found:
+        (self.folder / f"old-{number}").mkdir(exist_ok=True)
+        path.rename(self.folder / f"old-{number}" / path.name)
+    return False
+
+# %% ../nbs/04_training/02_training.ipynb #3b5dbd73
 @patch
 def record(self: Trainer, **values) -> None:
     "Append one line to the log."
@@ -234,7 +254,7 @@ def train_step(self: Trainer, batches: list[dict[str, Tensor]]) -> dict[str, flo
         (total / len(batches)).backward()
     norms = clip_gradients(self.model, r.clip)
     for group in self.optimiser.param_groups:
-        age = p.epoch + (r.epochs[0] if p.stage == 2 and 1 in self.stages and group["name"] not in FUSION else 0)
+        age = p.epoch + (r.epochs[0] if p.stage == 2 and group["name"] not in FUSION else 0)
         group["lr"] = learning_rate(r, age)
     self.optimiser.step()
     return {"loss": total.item(), **{f"term.{k}": v.item() for k, v in terms.items()}, **{f"norm.{k}": v.item() for k, v in norms.items()}}

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checks import InputError
 from .reconstruction import check_choice, check_same
 
-# %% ../../nbs/02_losses/03_semantic.ipynb #15aa4e9a
+# %% ../../nbs/02_losses/03_semantic.ipynb #6d43c118
 def jaccard_distance(
     predicted: Tensor,  # ..., bool or 0/1; the set of pixels given to the class
     truth: Tensor,  # ..., bool or 0/1; the set of pixels that belong to it
@@ -21,7 +21,7 @@ def jaccard_distance(
     "One minus intersection over union, the set function Δ of eq 21; 0 if both sets are empty."
     predicted, truth = predicted.bool(), truth.bool()
     union = (predicted | truth).sum()
-    return 1 - (predicted & truth).sum() / union if union else torch.zeros(())
+    return (1 - (predicted & truth).sum() / union.clamp_min(1)) * (union > 0)
 
 # %% ../../nbs/02_losses/03_semantic.ipynb #a69bed19
 def class_errors(

@@ -20,7 +20,17 @@ from .intensity import intensity_loss
 from .reconstruction import check_choice, check_same, dssim, sobel, sobel_l1, spatial_gradient_l1
 from .semantic import READINGS, semantic_loss
 
-# %% ../../nbs/02_losses/05_stages.ipynb #8aa57064
+# %% ../../nbs/02_losses/05_stages.ipynb #2b513bba
+def _check_weights(weights) -> None:
+    "Raise `InputError` unless every field is a finite number, 0 or more, and delta is above 1."
+    for f in fields(weights):
+        value = getattr(weights, f.name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+            raise InputError(f"{f.name}: {value!r} is not a weight; give a finite number, 0 or more")
+    if weights.delta <= 1:
+        raise InputError(f"delta: {weights.delta} lets the denominator of eq 26 reach 0; give a number above 1")
+
+# %% ../../nbs/02_losses/05_stages.ipynb #52b7db3d
 @dataclass(frozen=True)
 class LossWeights:
     "Weights of eqs 17-19 and 26-28; not negative, finite. See `LossWeights.preset` for named sets."
@@ -38,12 +48,7 @@ class LossWeights:
     graph_cc_stage2: float = 1.0  # CC(f_interact)² in stage II (eq 27); 0 drops it
 
     def __post_init__(self):
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-                raise InputError(f"{f.name}: {value!r} is not a weight; give a finite number, 0 or more")
-        if self.delta <= 1:
-            raise InputError(f"delta: {self.delta} lets the denominator of eq 26 reach 0; give a number above 1")
+        _check_weights(self)
 
     @classmethod
     def preset(

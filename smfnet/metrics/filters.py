@@ -93,7 +93,7 @@ def moment_planes(
     torch.mul(planes[:, :1], planes[:, 1:3], out=planes[:, 6:])
     return planes
 
-# %% ../../nbs/06_metrics/00_filters.ipynb #416aa6a2
+# %% ../../nbs/06_metrics/00_filters.ipynb #f92e2c4e
 PIXELS = {"cpu": 2**15, "cuda": 2**22}  # of one strip, over the batch: the cache decides on a processor, launches on a GPU
 
 def strips(
@@ -102,10 +102,10 @@ def strips(
     window: int = 1,  # rows that one output row needs
     stride: int = 1,  # input rows between output rows
 ) -> Iterator[slice]:  # input rows of each strip
-    "Cut images into overlapping strips whose outputs tile the whole output; at least 32 output rows each."
+    "Cut images into overlapping strips whose outputs tile the whole output; at least two windows high."
     B, _, H, W = x.shape
     count = (H - window) // stride + 1
-    rows = max(32, PIXELS.get(x.device.type, 2**22) // (B * W * stride))
+    rows = max(2 * window, PIXELS.get(x.device.type, 2**22) // (B * W * stride))
     for top in range(0, count, rows):
         last = min(top + rows, count) - 1
         yield slice(top * stride, last * stride + window)

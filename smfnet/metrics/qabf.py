@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .filters import strips
 
-# %% ../../nbs/06_metrics/05_qabf.ipynb #69add1f3
+# %% ../../nbs/06_metrics/05_qabf.ipynb #6c438336
 def edges(
-    x: Tensor,  # ...×(h+2)×(W+2), float64, padded by one pixel
+    x: Tensor,  # ...×(h+2)×(W+2), padded by one pixel
 ) -> tuple[Tensor, Tensor]:  # strength and angle, ...×h×W; angle in (−π/2, π/2]
     "Sobel edge strength and angle; the angle is π/2 where the horizontal difference is 0."
     column = (x[..., :-2, :] + x[..., 2:, :]).add_(x[..., 1:-1, :], alpha=2)
@@ -24,10 +24,10 @@ def edges(
     sx = column[..., 2:] - column[..., :-2]
     sy = row[..., :-2, :] - row[..., 2:, :]
     upright = (sx == 0).to(x.dtype)
-    angle = (sy / (sx + upright)).atan_().mul_(1 - upright).add_(upright, alpha=math.pi / 2)
+    angle = sy.add(upright, alpha=1e30).div_(sx + upright).atan_()  # 1e30 is tan(π/2), as far as float32 goes
     return (sx * sx).addcmul_(sy, sy).sqrt_(), angle
 
-# %% ../../nbs/06_metrics/05_qabf.ipynb #aa6b9280
+# %% ../../nbs/06_metrics/05_qabf.ipynb #b5289faa
 def preservation(
     fused: tuple[Tensor, Tensor],  # strength and angle of the fused image
     source: tuple[Tensor, Tensor],  # strength and angle of a source
@@ -37,13 +37,14 @@ def preservation(
     "Edge preservation: product of a strength sigmoid and an angle sigmoid."
     (gf, af), (gs, angle) = fused, source
     equal = (gf == gs).to(gf.dtype)
-    ratio = torch.minimum(gf, gs).div_(torch.maximum(gf, gs) + equal).mul_(1 - equal).addcmul_(equal, gf)
+    ratio = torch.minimum(gf, gs).div_(torch.maximum(gf, gs).add_(equal)).lerp_(gf.expand_as(equal), equal)
     turn = (af - angle).abs_()
     if fold: turn = torch.minimum(turn, math.pi - turn)
-    similar = 1 - turn / (math.pi / 2)
-    return (15 * (ratio - 0.5)).sigmoid_().mul_((22 * (similar - 0.8)).sigmoid_()).mul_(0.9994 * 0.9879)
+    similar = turn.mul_(-2 / math.pi).add_(1)
+    strength, direction = ratio.sub_(0.5).mul_(15).sigmoid_(), similar.sub_(0.8).mul_(22).sigmoid_()
+    return strength.mul_(direction).mul_(0.9994 * 0.9879)
 
-# %% ../../nbs/06_metrics/05_qabf.ipynb #36f8fa14
+# %% ../../nbs/06_metrics/05_qabf.ipynb #388e491c
 def qabf(
     *,
     fused: Tensor,  # B×1×H×W, 0-255
@@ -51,14 +52,14 @@ def qabf(
     vis: Tensor,  # B×1×H×W, 0-255
     fold: bool = False,  # fold angle differences at π/2
     border: str = "zero",  # or "replicate": how the image continues beyond its border
+    dtype: torch.dtype = torch.float32,  # of intermediate results; sums over pixels are float64
 ) -> Tensor:  # B, float64, 0 to about 0.98; NaN where neither source has an edge
     "Qabf: edge preservation, weighted by the edge strength of both sources."
-    mode = {"mode": "replicate"} if border == "replicate" else {"value": 0.0}
-    images = F.pad(torch.cat([fused, ir, vis], 1), (1, 1, 1, 1), **mode)
+    images = F.pad(torch.cat([fused, ir, vis], 1).to(dtype), (1, 1, 1, 1), mode="replicate" if border == "replicate" else "constant")
     total = weight = 0
     for rows in strips(images, window=3):
-        strength, angle = edges(images[:, :, rows].double())
+        strength, angle = edges(images[:, :, rows])
         q = preservation((strength[:, :1], angle[:, :1]), (strength[:, 1:], angle[:, 1:]), fold=fold)
-        total = total + (q * strength[:, 1:]).sum((1, 2, 3))
-        weight = weight + strength[:, 1:].sum((1, 2, 3))
+        total = total + (q * strength[:, 1:]).sum((1, 2, 3), dtype=torch.float64)
+        weight = weight + strength[:, 1:].sum((1, 2, 3), dtype=torch.float64)
     return total / weight

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['SIZES', 'VIF_MIN_SIDE', 'NOISE', 'TINY', 'smallest_side', 'local_moments', 'information', 'vif']
 
-# %% ../../nbs/06_metrics/04_vif.ipynb #205be2db
+# %% ../../nbs/06_metrics/04_vif.ipynb #57a6de0f
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold
 
 from ..checks import InputError
 from .filters import Scratch, filter_valid, gaussian, moment_planes, strips
@@ -37,7 +38,7 @@ def local_moments(
     cov = m[:, 6:].addcmul_(mean[:, :1], mean[:, 1:], value=-1)
     return var[:, :1], var[:, 1:], cov
 
-# %% ../../nbs/06_metrics/04_vif.ipynb #44a7fc51
+# %% ../../nbs/06_metrics/04_vif.ipynb #110904c1
 NOISE, TINY = 2.0, 1e-10
 
 def information(
@@ -48,12 +49,12 @@ def information(
     drop_negative: bool = True,  # a negative gain carries no information
 ) -> tuple[Tensor, Tensor]:  # preserved and available information, nats, per window
     "Information about the reference that passes through the gain-and-noise channel, and without the channel."
-    seen = (var_s >= TINY).to(cov.dtype)
-    g = cov / (var_s + TINY) * seen * (var_f >= TINY)
-    if drop_negative: g = g.clamp_(min=0)
-    sv = (var_f - g * cov).clamp_(min=TINY)
-    var_s = var_s * seen
-    return torch.log1p(g * g * var_s / (sv + NOISE)), torch.log1p(var_s / NOISE)
+    var_s, var_f = threshold(var_s, TINY, 0), threshold(var_f, TINY, 0)
+    g = cov / (var_s + TINY)
+    if drop_negative: g.clamp_(min=0)
+    g *= var_f.sign()
+    sv = torch.addcmul(var_f, g, cov, value=-1).clamp_(min=TINY)
+    return g.square_().mul_(var_s).div_(sv.add_(NOISE)).log1p_(), var_s.div(NOISE).log1p_()
 
 # %% ../../nbs/06_metrics/04_vif.ipynb #1e0a4711
 def _scale_sums(images, weights, reference, drop_negative):

@@ -1,0 +1,60 @@
+# The commands of the project; `make help` lists them. Everything runs in $(VENV), which is made on first use.
+#
+#   PYTHON       interpreter that makes the environment (3.10 or newer; Snakemake needs 3.11)
+#   VENV         where the environment lives
+#   CONSTRAINTS  file of pinned versions; empty for the ranges of pyproject.toml, as when your own torch is in $(VENV)
+
+PYTHON      ?= python3
+VENV        ?= .venv
+CONSTRAINTS ?= requirements/constraints.txt
+JOBS        ?= 2
+FLAGS       ?=
+PROFILE     ?= demo
+DATA        ?=
+SET         ?=
+DRY         ?=
+ARGS        ?=
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install reproduce test bench lint export clean
+.DEFAULT_GOAL := help
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+install: $(STAMP)  ## make the environment and install the package with all tools
+
+$(STAMP): pyproject.toml $(wildcard $(CONSTRAINTS))
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "error: '$(PYTHON)' was not found; name a Python 3.10 or newer: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "error: $$($(PYTHON) --version 2>&1) is too old; name a Python 3.10 or newer: make PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "error: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu install python3-venv"; exit 1; }
+	@echo "installing into $(VENV); the first time this takes a few minutes"
+	$(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
+	@touch $@
+
+reproduce: $(STAMP)  ## train, fuse, evaluate, draw (PROFILE=demo DATA=DIR SET="STAGE.NAME=VALUE ..." DRY=1)
+	@$(BIN)/python -m smfnet.pipeline reproduce --profile $(PROFILE) $(if $(DATA),--data '$(DATA)') \
+	  $(foreach change,$(SET),--set '$(change)') $(if $(DRY),--dry-run) $(if $(ARGS),-- $(ARGS))
+
+test: $(STAMP)  ## test the notebooks and tests/ (JOBS=2, FLAGS="slow cuda" for flagged cells, ARGS for pytest)
+	@rm -f .last-test-count; status=0; \
+	$(BIN)/python -m pytest -n $(JOBS) --notebook-flags '$(FLAGS)' $(ARGS) || status=$$?; \
+	cat .last-test-count 2>/dev/null || echo "0 passed, 1 failed"; exit $$status
+
+bench: $(STAMP)  ## time the network against a literal version
+	@$(BIN)/python -m bench.run $(ARGS)
+
+lint: $(STAMP)  ## check the style of notebooks, modules and tests
+	@$(BIN)/ruff check .
+
+export: $(STAMP)  ## write smfnet/*.py from the notebooks, and clean these
+	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean
+
+clean:  ## remove what the commands made (the environment stays)
+	rm -rf runs/demo figures/demo .snakemake .pytest_cache .ruff_cache .hypothesis .last-test-count build dist _docs _proc
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
