@@ -52,8 +52,9 @@ bench: $(STAMP)  ## time the network against a literal version
 lint: $(STAMP)  ## check the style of notebooks, modules and tests
 	@$(BIN)/ruff check .
 
-export: $(STAMP)  ## write smfnet/*.py from the notebooks, and clean these
+export: $(STAMP)  ## write smfnet/*.py and README.md from the notebooks, and clean these
 	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean
+	@$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed 's#](../#](#g' > README.md
 
 clean:  ## remove what the commands made (the environment stays)
 	rm -rf runs/demo figures/demo .snakemake .pytest_cache .ruff_cache .hypothesis .last-test-count build dist _docs _proc

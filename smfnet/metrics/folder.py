@@ -6,7 +6,7 @@
 __all__ = ['evaluate_files', 'evaluate_folder', 'UndefinedWarning', 'to_table', 'write_csv', 'read_csv', 'format_summary',
            'method_names', 'evaluate_command']
 
-# %% ../../nbs/06_metrics/09_folder.ipynb #9f4ddc91
+# %% ../../nbs/06_metrics/09_folder.ipynb #2c09f172
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..checks import InputError
 from .comparison import compare as compare_tables

@@ -175,7 +175,8 @@ def why_undefined(
     if metric == "Qabf": return "neither source has an edge"
     return f"{' and '.join(constant)} constant"
 
-# %% ../../nbs/06_metrics/06_protocols.ipynb #75bf0bad
+# %% ../../nbs/06_metrics/06_protocols.ipynb #f4bcad31
+@one_thread()
 def evaluate(
     *,
     fused,  # H×W array or tensor, 0-255
