@@ -21,7 +21,7 @@ from matplotlib.patches import Rectangle
 from .checks import InputError
 from .provenance import atomic_path
 
-# %% ../nbs/07_report/01_figures.ipynb #94fab11b
+# %% ../nbs/07_report/01_figures.ipynb #8fdc8123
 def show_image(
     ax: Axes,
     image: np.ndarray,  # H×W or H×W×3, [0,1]
@@ -36,8 +36,10 @@ def show_image(
     return ax
 
 def _inset(ax: Axes, image: np.ndarray, box: tuple[int, int, int, int]) -> None:
+    "The patch, enlarged, in the corner that is farthest from it."
     y, x, h, w = box
-    inset = ax.inset_axes((0.52, 0.0, 0.48, 0.48))
+    left, low = x + w / 2 > image.shape[1] / 2, y + h / 2 < image.shape[0] / 2
+    inset = ax.inset_axes((0.0 if left else 0.55, 0.0 if low else 0.55, 0.45, 0.45))
     inset.imshow(image[y:y + h, x:x + w], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     inset.set_xticks([]); inset.set_yticks([])
     for side in inset.spines.values(): side.set(color="#de8f05", linewidth=1.5)
@@ -55,10 +57,10 @@ def image_grid(
     ratio = np.mean([im.shape[0] / im.shape[1] for images in scenes.values() for im in images.values()])
     fig, axes = plt.subplots(len(scenes), len(methods), squeeze=False, layout="constrained",
                              figsize=(width * len(methods), (width * ratio + 0.15) * len(scenes)))
-    for row, (scene, images) in zip(axes, scenes.items()):
+    for i, (row, (scene, images)) in enumerate(zip(axes, scenes.items())):
         box = (boxes or {}).get(scene)
         for ax, (method, image) in zip(row, images.items()):
-            show_image(ax, image, method if row is axes[0] else "", box=box)
+            show_image(ax, image, method if i == 0 else "", box=box)
             if box: _inset(ax, image, box)
     return fig
 
