@@ -45,9 +45,13 @@ def _peak_mb() -> float:
 
 
 def _gflop(call) -> float:
-    from torch.utils.flop_counter import FlopCounterMode
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-    with FlopCounterMode(display=False) as counter:
+    def mkldnn(x, w, bias, padding, stride, dilation, groups, *, out_shape, **kwargs):
+        return conv_flop_count(x, w, out_shape)
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mkldnn_convolution: mkldnn}) as counter:
         call()
     return counter.get_total_flops() / 1e9
 

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ResidualGroup', 'BaseBranch']
 
-# %% ../nbs/01_network/03_base.ipynb #2fec2e8b
+# %% ../nbs/01_network/03_base.ipynb #5dc70c1d
 from torch import Tensor, nn
 
-from .attention import TransformerBlock
+from .attention import Pointwise, TransformerBlock
 
-# %% ../nbs/01_network/03_base.ipynb #2a8b443a
+# %% ../nbs/01_network/03_base.ipynb #83ab579f
 class ResidualGroup(nn.Module):
     "One group of the base branch (eqs 9–10): (T1, T2) pairs, bottleneck convolutions, plus the input."
     def __init__(
@@ -23,7 +23,7 @@ class ResidualGroup(nn.Module):
         self.blocks = nn.Sequential(*(TransformerBlock(dim, heads, kind) for _ in range(depth) for kind in ("T1", "T2")))
         self.bottleneck = nn.Sequential(
             nn.Conv2d(dim, dim // 4, 3, padding=1), nn.LeakyReLU(0.2),
-            nn.Conv2d(dim // 4, dim // 4, 1), nn.LeakyReLU(0.2),
+            Pointwise(dim // 4, dim // 4), nn.LeakyReLU(0.2),
             nn.Conv2d(dim // 4, dim, 3, padding=1))
 
     def forward(

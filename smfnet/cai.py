@@ -6,12 +6,12 @@
 __all__ = ['SobelMagnitude', 'GRDB', 'CrossAttention', 'InvertedResidual', 'AffineCoupling', 'clamped_exp', 'InverseCoupling',
            'CAI']
 
-# %% ../nbs/01_network/02_cai.ipynb #e721e0e0
+# %% ../nbs/01_network/02_cai.ipynb #21de7f1a
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import channel_attention
+from .attention import Pointwise, attend, attention_matrix
 
 # %% ../nbs/01_network/02_cai.ipynb #58c0268d
 class SobelMagnitude(nn.Module):
@@ -35,7 +35,7 @@ class SobelMagnitude(nn.Module):
         "Sum of the absolute horizontal and vertical gradients."
         return self.x(x).abs() + self.y(x).abs()
 
-# %% ../nbs/01_network/02_cai.ipynb #58838aba
+# %% ../nbs/01_network/02_cai.ipynb #0d5ae75a
 class GRDB(nn.Module):
     "Gradient residual dense block: a dense stack beside a Sobel path, both on a common 3×3 convolution."
     def __init__(
@@ -46,9 +46,9 @@ class GRDB(nn.Module):
         self.first = nn.Conv2d(dim, dim, 3, padding=1)
         self.dense1 = nn.Conv2d(dim, dim, 3, padding=1)
         self.dense2 = nn.Conv2d(2 * dim, dim, 3, padding=1)
-        self.narrow = nn.Conv2d(3 * dim, dim, 1)
+        self.narrow = Pointwise(3 * dim, dim)
         self.sobel = SobelMagnitude(dim)
-        self.gradient = nn.Conv2d(dim, dim, 1)
+        self.gradient = Pointwise(dim, dim)
 
     def forward(
         self,
@@ -60,7 +60,7 @@ class GRDB(nn.Module):
         dense = torch.cat([dense, F.leaky_relu(self.dense2(dense), 0.2)], 1)
         return F.leaky_relu(self.narrow(dense) + self.gradient(self.sobel(x)), 0.1)
 
-# %% ../nbs/01_network/02_cai.ipynb #fa0b0e1d
+# %% ../nbs/01_network/02_cai.ipynb #7411b306
 class CrossAttention(nn.Module):
     "Cross attention between two halves (eqs 1–4): queries from the other half, one set of weights."
     def __init__(
@@ -70,11 +70,11 @@ class CrossAttention(nn.Module):
     ):
         super().__init__()
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
-        self.q = nn.Conv2d(dim, dim, 1)
+        self.q = Pointwise(dim, dim)
         self.q_local = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.kv = nn.Conv2d(dim, 2 * dim, 1)
+        self.kv = Pointwise(dim, 2 * dim)
         self.kv_local = nn.Conv2d(2 * dim, 2 * dim, 3, padding=1, groups=2 * dim)
-        self.out = nn.Conv2d(dim, dim, 1)
+        self.out = Pointwise(dim, dim)
 
     def forward(
         self,
@@ -84,9 +84,9 @@ class CrossAttention(nn.Module):
         own = torch.cat(x.chunk(2, 1))
         q = self.q_local(self.q(own)).roll(x.shape[0], 0)
         k, v = self.kv_local(self.kv(own)).chunk(2, 1)
-        return torch.cat(self.out(channel_attention(q, k, v, self.temperature)).chunk(2), 1)
+        return torch.cat(attend(attention_matrix(q, k, self.temperature), v, self.out).chunk(2), 1)
 
-# %% ../nbs/01_network/02_cai.ipynb #1fdb1415
+# %% ../nbs/01_network/02_cai.ipynb #31df52a6
 class InvertedResidual(nn.Sequential):
     "The ψ of eqs 5–8: 1×1 c→2c, ReLU6, reflected depthwise 3×3, ReLU6, 1×1 2c→c; no biases, no skip."
     def __init__(
@@ -94,14 +94,14 @@ class InvertedResidual(nn.Sequential):
         dim: int,  # channels c
     ):
         super().__init__(
-            nn.Conv2d(dim, 2 * dim, 1, bias=False), nn.ReLU6(),
+            Pointwise(dim, 2 * dim, bias=False), nn.ReLU6(),
             nn.Conv2d(2 * dim, 2 * dim, 3, padding=1, padding_mode="reflect", groups=2 * dim, bias=False), nn.ReLU6(),
-            nn.Conv2d(2 * dim, dim, 1, bias=False))
+            Pointwise(2 * dim, dim, bias=False))
 
-# %% ../nbs/01_network/02_cai.ipynb #2cdec008
-class _Mix(nn.Conv2d):
+# %% ../nbs/01_network/02_cai.ipynb #e0db0b09
+class _Mix(Pointwise):
     "A 1×1 convolution over all channels, with its inverse."
-    def __init__(self, dim: int): super().__init__(dim, dim, 1)
+    def __init__(self, dim: int): super().__init__(dim, dim)
 
     def inverse(
         self,
@@ -111,6 +111,7 @@ class _Mix(nn.Conv2d):
         matrix, flat = self.weight[:, :, 0, 0], (z - self.bias[:, None, None]).flatten(2)
         return torch.linalg.solve(matrix, flat).view_as(z)
 
+# %% ../nbs/01_network/02_cai.ipynb #8207d427
 class AffineCoupling(nn.Module):
     "The encoder's invertible coupling (eqs 5–6)."
     def __init__(
@@ -140,13 +141,14 @@ class AffineCoupling(nn.Module):
         z1 = (z1 - self.eta(z2)) * torch.exp(-self.rho(z2))
         return self.mix.inverse(torch.cat([z1, z2 - self.phi(z1)], 1))
 
-# %% ../nbs/01_network/02_cai.ipynb #574278ef
+# %% ../nbs/01_network/02_cai.ipynb #9eb7c25d
 def clamped_exp(
     s: Tensor,  # any shape
 ) -> Tensor:  # same shape, in (e⁻², e²)
     "e(s) = exp(4 (σ(s) − ½)): an exponential whose exponent stays in (−2, 2)."
     return torch.exp(4 * (torch.sigmoid(s) - 0.5))
 
+# %% ../nbs/01_network/02_cai.ipynb #c87bfb3c
 class InverseCoupling(nn.Module):
     "The coupling of the detail fusion layer (eqs 7–8), invertible with weights of its own."
     def __init__(

@@ -66,7 +66,7 @@ def golden_file(
     "Find a reference file below the folder named by the variable `SMFNET_GOLDEN`."
     return _from_env("SMFNET_GOLDEN", (name,))
 
-# %% ../nbs/00_core/01_checks.ipynb #0980453c
+# %% ../nbs/00_core/01_checks.ipynb #ef083246
 def _tensors(out) -> list[Tensor]:
     if isinstance(out, Tensor): return [out]
     if isinstance(out, dict): out = list(out.values())
@@ -81,7 +81,8 @@ def _check_batch_independence(module, inputs, atol):
 
 def _check_state_round_trip(module, inputs):
     twin = copy.deepcopy(module)
-    for p in twin.parameters(): nn.init.constant_(p, 0.123)
+    with torch.no_grad():
+        for t in (*twin.parameters(), *twin.buffers()): t.fill_(0.123 if t.is_floating_point() else 7)
     twin.load_state_dict(module.state_dict())
     for a, b in zip(_tensors(module(*inputs)), _tensors(twin(*inputs)), strict=True):
         torch.testing.assert_close(a, b, atol=0, rtol=0)
@@ -121,14 +122,14 @@ def check_module(
         _check_state_round_trip(module, x)
     _check_gradients(module, inputs(2, 17, 19, generator), generator)
 
-# %% ../nbs/00_core/01_checks.ipynb #fbe387c5
+# %% ../nbs/00_core/01_checks.ipynb #3f5a417e
 def toy_pair(
     h: int = 48,  # height, pixels
     w: int = 64,  # width, pixels
     *,
     seed: int = 0,  # of the texture
 ) -> dict[str, Tensor]:  # `vis` and `ir`, each 1×1×H×W, [0,1]
-    "Draw a tiny aligned pair: stripes that only `vis` sees and a warm disk that only `ir` sees."
+    "Draw a tiny aligned pair: stripes that only `vis` sees, and a disk that is dark in `vis` and warm in `ir`."
     y, x = torch.meshgrid(torch.linspace(-1, 1, h), torch.linspace(-w / h, w / h, w), indexing="ij")
     noise = torch.rand(h, w, generator=torch.Generator().manual_seed(seed))
     disk = torch.sigmoid(40 * (0.4 - ((x - 0.3) ** 2 + y ** 2).sqrt()))

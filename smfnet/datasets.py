@@ -68,7 +68,7 @@ def grid(
     "Corners of all patches of a regular grid that fit inside the image."
     return [(y, x) for y in range(0, height - patch + 1, stride) for x in range(0, width - patch + 1, stride)]
 
-# %% ../nbs/03_data/03_datasets.ipynb #cadb4392
+# %% ../nbs/03_data/03_datasets.ipynb #512ca5dd
 class PatchSet:
     "Patches of pairs in memory; a batch is a pure function of (seed, epoch, indices)."
     def __init__(
@@ -126,11 +126,14 @@ class PatchSet:
         size: int,  # pairs in a batch; an incomplete last batch is dropped
         *,
         start: int = 0,  # first batch to give: a stopped epoch continues here
+        share: tuple[int, int] = (0, 1),  # (process, number of processes): which part of every batch to give
     ) -> Iterator[dict[str, Tensor]]:  # batches of `ir` and `vis`
-        "The batches of one epoch, from any position."
+        "The batches of one epoch from any position, or one process's share of each."
         if size > len(self): raise InputError(f"batch: {size} pairs, but the data has only {len(self)} patches; choose a smaller batch")
-        order = self.order(epoch)
-        for b in range(start, len(order) // size): yield self.batch(epoch, order[b * size:(b + 1) * size])
+        rank, world = share
+        if size % world: raise InputError(f"batch: {size} pairs cannot be shared evenly by {world} processes; choose a multiple of {world}")
+        order, part = self.order(epoch), size // world
+        for first in range(start * size + rank * part, len(order) // size * size, size): yield self.batch(epoch, order[first:first + part])
 
     def fingerprint(self) -> str:  # hexadecimal sha256
         "A checksum of pixels, patch positions and settings: runs may only be continued on equal data."

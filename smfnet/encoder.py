@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['Encoder']
 
-# %% ../nbs/01_network/05_encoder.ipynb #3b4ef278
+# %% ../nbs/01_network/05_encoder.ipynb #b0ddc8bc
+import torch
 from torch import Tensor, nn
 
 from .attention import TransformerBlock
 from .base import BaseBranch
 from .cai import CAI
 
-# %% ../nbs/01_network/05_encoder.ipynb #cbb46631
+# %% ../nbs/01_network/05_encoder.ipynb #3cafed3b
 class Encoder(nn.Module):
     "Shallow, base and detail features of luminance images (section 2.2); one set of weights for both modalities."
     def __init__(
@@ -33,5 +34,5 @@ class Encoder(nn.Module):
         image: Tensor,  # B×1×H×W, [0,1]
     ) -> tuple[Tensor, Tensor, Tensor]:  # `shallow`, `base`, `detail`, each B×C×H×W
         "Encode luminance images."
-        shallow = self.shallow(self.embed(image))
+        shallow = self.shallow(self.embed(image).contiguous(memory_format=torch.channels_last))
         return shallow, self.base(shallow), self.detail(shallow)

@@ -21,7 +21,7 @@ from matplotlib.patches import Rectangle
 from .checks import InputError
 from .provenance import atomic_path
 
-# %% ../nbs/07_report/01_figures.ipynb #8fdc8123
+# %% ../nbs/07_report/01_figures.ipynb #dc879468
 def show_image(
     ax: Axes,
     image: np.ndarray,  # H×W or H×W×3, [0,1]
@@ -59,6 +59,7 @@ def image_grid(
                              figsize=(width * len(methods), (width * ratio + 0.15) * len(scenes)))
     for i, (row, (scene, images)) in enumerate(zip(axes, scenes.items())):
         box = (boxes or {}).get(scene)
+        row[0].text(-0.03, 0.5, scene, transform=row[0].transAxes, rotation=90, ha="right", va="center", fontsize=8)
         for ax, (method, image) in zip(row, images.items()):
             show_image(ax, image, method if i == 0 else "", box=box)
             if box: _inset(ax, image, box)

@@ -43,7 +43,7 @@ _RENAME = [(re.compile(a), b) for a, b in (
     (r"GRDB\.sobelconv\.conv(x|y)", r"sobel.\1"), (r"GRDB\.convup\.conv", "gradient"),
     (r"cross\.(q|kv)_dwconv", r"cross.\1_local"), (r"cross\.project_out", "cross.out"))]
 
-# %% ../nbs/01_network/09_interop.ipynb #3bcf750c
+# %% ../nbs/01_network/09_interop.ipynb #4160756d
 def _base_block(m: re.Match) -> str:
     return f"encoder.base.groups.{m[1]}.blocks.{2 * int(m[2]) + int(m[3])}."
 
@@ -62,12 +62,12 @@ def released_name(
     key: str,  # "entry/key" of the release, with or without "module."
 ) -> str | None:  # the name in `SMFNet`'s state, or None for a parameter that nothing uses
     "Translate a key of the authors' checkpoint."
-    name = key.replace("module.", "", 1)
+    name = key.replace("/module.", "/", 1)
     if UNUSED.match(name): return None
     for pattern, replacement in _BLOCKS + _RENAME: name = pattern.sub(replacement, name)
     return name
 
-# %% ../nbs/01_network/09_interop.ipynb #5abe87aa
+# %% ../nbs/01_network/09_interop.ipynb #7b5a321a
 ENTRIES = ("DIDF_Encoder", "DIDF_Decoder", "BaseFuseLayer", "DetailFuseLayer", "GraphModel")
 
 def _read(path: Path) -> Mapping:
@@ -83,19 +83,21 @@ def _read(path: Path) -> Mapping:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
         raise InputError(f"{path}: not a readable checkpoint ({type(e).__name__}); download it again") from e
 
-def _flatten(state: Mapping) -> dict[str, Tensor]:
+def _flatten(state: Mapping, source: str) -> dict[str, Tensor]:
     "Five dictionaries, or flat `entry/key` names, as one flat dictionary."
-    if not isinstance(state, Mapping): raise InputError(f"checkpoint: expected a dictionary, found {type(state).__name__}")
+    if not isinstance(state, Mapping): raise InputError(f"{source}: expected a dictionary of tensors, found {type(state).__name__}; give the authors' checkpoint")
     flat = {}
     for name, value in state.items():
         flat.update({f"{name}/{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value})
-    other = [k for k, v in flat.items() if not isinstance(v, Tensor)]
-    found = {k.split("/")[0] for k in flat}
+    found = {str(k).split("/")[0] for k in flat}
     if not set(ENTRIES) <= found:
-        raise InputError(f"checkpoint: not the authors' format, which has the entries {', '.join(ENTRIES)}; found {', '.join(sorted(found)[:6]) or 'nothing'}")
-    return {k: v for k, v in flat.items() if k not in other}
+        raise InputError(f"{source}: not the authors' format, which has the entries {', '.join(ENTRIES)}; "
+                         f"found {', '.join(sorted(found)[:6]) or 'nothing'}; weights of this project are read by SMFNet.load")
+    other = sorted(str(k) for k, v in flat.items() if not isinstance(v, Tensor))
+    if other: raise InputError(f"{source}: {', '.join(other[:6])}: not tensors; remove these entries from the checkpoint")
+    return flat
 
-# %% ../nbs/01_network/09_interop.ipynb #1384d2ae
+# %% ../nbs/01_network/09_interop.ipynb #723f709e
 def load_released(
     path_or_state: str | Path | Mapping,  # checkpoint file (pickle or .safetensors), or its dictionary
     *,
@@ -103,16 +105,16 @@ def load_released(
 ) -> SMFNet:  # paper preset with `edge_gating="channel_interleaved"`, evaluation mode
     "Load the authors' checkpoint format; raises `InputError` naming missing, unexpected and misshapen keys."
     source = path_or_state if isinstance(path_or_state, (str, Path)) else "checkpoint"
-    flat = _flatten(path_or_state if isinstance(path_or_state, Mapping) else _read(Path(path_or_state)))
+    flat = _flatten(_read(Path(path_or_state)) if isinstance(path_or_state, (str, Path)) else path_or_state, source)
     model = SMFNet("paper", edge_gating="channel_interleaved")
     own, names = model.state_dict(), {k: released_name(k) for k in flat}
     unused = sorted(k for k, n in names.items() if n is None)
-    state = {n: flat[k].reshape(own[n].shape) if n in own and flat[k].numel() == own[n].numel() else flat[k] for k, n in names.items() if n}
+    state = {n: flat[k] for k, n in names.items() if n}
     problems = [f"missing {n}" for n in sorted(own.keys() - state.keys())]
     problems += [f"unexpected {k}" for k, n in sorted(names.items()) if n and n not in own]
     problems += [f"{n} has shape {tuple(state[n].shape)} instead of {tuple(own[n].shape)}" for n in sorted(own.keys() & state.keys()) if state[n].shape != own[n].shape]
     if problems:
-        raise InputError(f"{source}: {len(problems)} keys do not fit: {'; '.join(problems[:6])}; is it a checkpoint of this network?")
+        raise InputError(f"{source}: {len(problems)} keys do not fit: {'; '.join(problems[:6])}; give a checkpoint of this network, unchanged")
     if verbose and unused: print(f"left out {len(unused)} tensors that no forward pass of the release reaches ({unused[0]} …)")
     model.load_state_dict(state)
     return model.eval()

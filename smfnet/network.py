@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'FORMAT', 'Config', 'configuration', 'read_header', 'SMFNet']
 
-# %% ../nbs/01_network/08_network.ipynb #1fda1605
+# %% ../nbs/01_network/08_network.ipynb #4f35d01e
 import json
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
@@ -21,13 +21,14 @@ from .checks import InputError, check_pair
 from .decoder import Decoder
 from .encoder import Encoder
 from .fusion_layers import BaseFusion, DetailFusion
-from .graph import GraphReasoning
+from .graph import EDGE_GATINGS, GraphReasoning
+from .memory import keep_freed_memory
 from .provenance import atomic_path
 
-# %% ../nbs/01_network/08_network.ipynb #051b37ad
+# %% ../nbs/01_network/08_network.ipynb #6c1bd0a2
 @dataclass(frozen=True)
 class Config:
-    "The numbers that define a network; stored inside every weights file."
+    "The numbers that define a network, stored inside every weights file; `InputError` for impossible ones."
     dim: int = 64  # channels C, divisible by 4
     heads: int = 8  # attention heads; divides dim / 2
     groups: int = 2  # residual groups of the base branch
@@ -38,6 +39,8 @@ class Config:
         for name in ("dim", "heads", "groups", "depth"):
             value = getattr(self, name)
             if type(value) is not int or value < 1: raise InputError(f"{name}: expected a positive integer, found {value!r}")
+        if self.edge_gating not in EDGE_GATINGS:
+            raise InputError(f"edge_gating: {self.edge_gating!r} is unknown; choose one of {', '.join(EDGE_GATINGS)}")
         if self.dim % 4 or self.dim // 2 % self.heads:
             raise InputError(f"dim={self.dim}, heads={self.heads}: dim must be divisible by 4 and dim/2 by heads")
 
@@ -80,15 +83,16 @@ def _read_state(path: Path, model: nn.Module) -> dict[str, Tensor]:
     if wrong: raise InputError(f"{path}: does not fit its own configuration: {'; '.join(sorted(wrong)[:5])}; the file is damaged")
     return state
 
-# %% ../nbs/01_network/08_network.ipynb #e5c26a0d
+# %% ../nbs/01_network/08_network.ipynb #ff2f6f0d
 class SMFNet(nn.Module):
-    "The semantic-aware and multi-guided fusion network (figure 2), with presets `paper` and `tiny`."
+    "The semantic-aware and multi-guided fusion network (figure 2), presets `paper` and `tiny`; `InputError` for unknown options."
     def __init__(
         self,
         preset: str | Config = "paper",  # a key of `PRESETS`, or a configuration
         **overrides,  # fields of `Config` to replace, e.g. edge_gating="channel_interleaved"
     ):
         super().__init__()
+        keep_freed_memory()  # see smfnet.memory
         self.config = c = replace(preset, **overrides) if isinstance(preset, Config) else configuration(preset, **overrides)
         self.encoder = Encoder(c.dim, c.heads, c.groups, c.depth)
         self.graph = GraphReasoning(c.dim, c.edge_gating)
@@ -103,7 +107,7 @@ class SMFNet(nn.Module):
         ir: Tensor,  # B×1×H×W, [0,1]
         stage: int = 2,  # 1: reconstruct both images; 2: fuse
     ) -> dict[str, Tensor]:  # the features of that stage by name
-        "All features that the losses of a stage need; differentiable, input unchecked."
+        "All features that the losses of a stage need; differentiable, images unchecked; `InputError` for another stage."
         both = [t.chunk(2) for t in self.encoder(torch.cat([ir, vis]))]
         f = {f"{m}_{k}": t for k, pair in zip(("shallow", "base", "detail"), both) for m, t in zip(("ir", "vis"), pair)}
         f["graph_ir"], f["graph_vis"] = self.graph(ir=f["ir_shallow"], vis=f["vis_shallow"])
@@ -112,18 +116,21 @@ class SMFNet(nn.Module):
         else: raise InputError(f"stage: expected 1 or 2, found {stage!r}")
         return f
 
-    def _decode_each(self, f: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        "Stage I: decode both modalities in one batch."
-        return self.decoder(torch.cat([f[f"{m}_base"] + f[f"{m}_detail"] + f[f"graph_{m}"] for m in ("ir", "vis")])).chunk(2)
+# %% ../nbs/01_network/08_network.ipynb #ff4f7eef
+@patch
+def _decode_each(self: SMFNet, f: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    "Stage I: decode both modalities in one batch."
+    return self.decoder(torch.cat([f[f"{m}_base"] + f[f"{m}_detail"] + f[f"graph_{m}"] for m in ("ir", "vis")])).chunk(2)
 
-    def _fuse_into(self, f: dict[str, Tensor]) -> None:
-        "Stage II: add the fused features and the fused image to `f`."
-        f["base_fused"] = self.base_fusion(f["ir_base"], f["vis_base"])
-        f["detail_fused"] = self.detail_fusion(f["ir_detail"], f["vis_detail"])
-        f["graph_fused"] = self.graph.fuse(graph_ir=f["graph_ir"], graph_vis=f["graph_vis"])
-        f["fused"] = self.decoder(f["base_fused"] + f["detail_fused"] + f["graph_fused"])
+@patch
+def _fuse_into(self: SMFNet, f: dict[str, Tensor]) -> None:
+    "Stage II: add the fused features and the fused image to `f`."
+    f["base_fused"] = self.base_fusion(f["ir_base"], f["vis_base"])
+    f["detail_fused"] = self.detail_fusion(f["ir_detail"], f["vis_detail"])
+    f["graph_fused"] = self.graph.fuse(graph_ir=f["graph_ir"], graph_vis=f["graph_vis"])
+    f["fused"] = self.decoder(f["base_fused"] + f["detail_fused"] + f["graph_fused"])
 
-# %% ../nbs/01_network/08_network.ipynb #d5c87e57
+# %% ../nbs/01_network/08_network.ipynb #df448ecb
 @patch
 @torch.no_grad()
 def features(
@@ -138,6 +145,7 @@ def features(
     f["recon_ir"], f["recon_vis"] = self._decode_each(f)
     return {"vis": vis, "ir": ir, **f}
 
+# %% ../nbs/01_network/08_network.ipynb #e4a550a2
 @patch
 @torch.no_grad()
 def fuse(
@@ -145,7 +153,7 @@ def fuse(
     *,
     vis: Tensor,  # B×1×H×W, [0,1]
     ir: Tensor,  # B×1×H×W, [0,1]
-) -> Tensor:  # B×1×H×W, in (0,1)
+) -> Tensor:  # B×1×H×W, [0,1]
     "Fuse pairs of luminance images of any size from 16×16 pixels; raises `InputError` for a bad pair."
     check_pair(vis=vis, ir=ir)
     return self(vis=vis, ir=ir, stage=2)["fused"]
@@ -157,13 +165,13 @@ def reconstruct(
     *,
     vis: Tensor,  # B×1×H×W, [0,1]
     ir: Tensor,  # B×1×H×W, [0,1]
-) -> dict[str, Tensor]:  # `recon_vis` and `recon_ir`, B×1×H×W, in (0,1)
+) -> dict[str, Tensor]:  # `recon_vis` and `recon_ir`, B×1×H×W, [0,1]
     "Rebuild both source images from their own features (stage I); raises `InputError` for a bad pair."
     check_pair(vis=vis, ir=ir)
     f = self(vis=vis, ir=ir, stage=1)
     return {k: f[k] for k in ("recon_vis", "recon_ir")}
 
-# %% ../nbs/01_network/08_network.ipynb #8c74eafc
+# %% ../nbs/01_network/08_network.ipynb #0c424d12
 @patch
 def save(
     self: SMFNet,
@@ -175,6 +183,7 @@ def save(
     state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
     with atomic_path(path) as temporary: save_file(state, temporary, header)
 
+# %% ../nbs/01_network/08_network.ipynb #82f3eb85
 @patch(cls_method=True)
 def load(
     cls: SMFNet,

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'SUBNETWORKS', 'FUSION', 'Recipe', 'recipe', 'learning_rate', 'make_optimiser', 'clip_gradients',
-           'TrainingError', 'batch_loss', 'freeze_batchnorm', 'Progress', 'Trainer']
+           'TrainingError', 'batch_loss', 'freeze_batchnorm', 'Progress', 'Team', 'Trainer']
 
-# %% ../nbs/04_training/02_training.ipynb #3e5b6fe1
+# %% ../nbs/04_training/02_training.ipynb #9bc8d4f4
 import hashlib
 import json
 import math
+import os
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -25,11 +27,35 @@ from tqdm import tqdm
 from .checkpoints import flatten_optimiser, load_checkpoint, restore_optimiser, save_checkpoint
 from .checks import InputError
 from .datasets import PatchSet
+from .losses.semantic import READINGS
 from .losses.stages import LossWeights, stage1_loss, stage2_loss
 from .network import SMFNet
 from .provenance import atomic_path, write_json
 
-# %% ../nbs/04_training/02_training.ipynb #07db83c3
+# %% ../nbs/04_training/02_training.ipynb #14fcbace
+_CHOICES = {"loss": ("paper", "released"), "reading": tuple(READINGS), "amp": ("off", "bf16")}
+_LOWEST = {"lr": 0, "lr_every": 1, "lr_factor": 0, "lr_floor": 0, "clip": 0, "batch": 1, "patch": 16, "stride": 1, "min_contrast": 0, "accumulate": 1}
+
+def _is_number(value, kind: type) -> bool:
+    return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+def _check_recipe(r) -> None:
+    "Raise `InputError` for the first field of a wrong type or out of range."
+    for f in fields(r):
+        value, kind = getattr(r, f.name), f.type
+        if kind in (int, float):
+            low, positive = _LOWEST[f.name], f.name in ("lr", "lr_factor")
+            if not _is_number(value, kind) or value < low or (positive and value == 0):
+                raise InputError(f"{f.name}: {value!r}; give {'a whole number' if kind is int else 'a number'} {'above 0' if positive else f'of {low} or more'}")
+        elif kind is bool and not isinstance(value, bool): raise InputError(f"{f.name}: {value!r}; give true or false")
+        elif f.name in _CHOICES and value not in _CHOICES[f.name]: raise InputError(f"{f.name}: {value!r} is unknown; choose one of {', '.join(_CHOICES[f.name])}")
+    epochs = r.epochs if isinstance(r.epochs, (list, tuple)) else ()
+    if len(epochs) != 2 or not all(_is_number(e, int) and e > 0 for e in epochs):
+        raise InputError(f"epochs: {r.epochs!r}; give two whole numbers above 0, of stage I and II")
+    if not isinstance(r.weights, dict): raise InputError(f"weights: {r.weights!r}; give a dictionary of `LossWeights` fields")
+    LossWeights.preset(**r.weights)
+
+# %% ../nbs/04_training/02_training.ipynb #0073243f
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides how a network is trained; see `RECIPES` for named ones."
@@ -54,11 +80,8 @@ class Recipe:
     compile: bool = False  # torch.compile the forward pass
 
     def __post_init__(self):
+        _check_recipe(self)
         object.__setattr__(self, "epochs", tuple(self.epochs))
-        for name, low in (("lr", 0), ("lr_every", 0), ("batch", 0), ("patch", 15), ("stride", 0), ("accumulate", 0), ("lr_factor", 0)):
-            if not getattr(self, name) > low: raise InputError(f"{name}: {getattr(self, name)!r} must be above {low}")
-        if len(self.epochs) != 2 or min(self.epochs) < 1: raise InputError(f"epochs: {self.epochs!r}; give two numbers, stage I and II")
-        if self.amp not in ("off", "bf16"): raise InputError(f"amp: {self.amp!r} is unknown; use 'off' or 'bf16'")
 
 RECIPES = {"paper": Recipe(), "released": Recipe(loss="released"),
            "demo": Recipe(lr=2e-3, patch=64, stride=32, batch=4, lr_every=1, epochs=(2, 3), clip=0.1)}
@@ -104,7 +127,7 @@ def clip_gradients(
         if parameters: norms[name] = nn.utils.clip_grad_norm_(parameters, limit or math.inf)
     return norms
 
-# %% ../nbs/04_training/02_training.ipynb #ae4c9b63
+# %% ../nbs/04_training/02_training.ipynb #d6d141c6
 class TrainingError(RuntimeError):
     "Training cannot go on; the message says where the evidence was saved."
 
@@ -128,9 +151,9 @@ def freeze_batchnorm(
 ) -> None:
     "Let every BatchNorm use its running statistics and leave them as they are."
     for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d): m.eval()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
 
-# %% ../nbs/04_training/02_training.ipynb #3432a9ea
+# %% ../nbs/04_training/02_training.ipynb #14e5b094
 @dataclass
 class Progress:
     "Where a run stands."
@@ -142,6 +165,38 @@ class Progress:
     seconds: float = 0.0  # time spent training
     done: bool = False  # both stages (or the last requested one) are complete
 
+# %% ../nbs/04_training/02_training.ipynb #2c443133
+class Team:
+    "The processes that train together: this one alone, or those of an `accelerate.Accelerator`."
+    def __init__(
+        self,
+        accelerator=None,  # None: a single process
+    ):
+        self.accelerator = accelerator
+        self.rank, self.size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+
+    @property
+    def main(self) -> bool:  # True in exactly one process
+        "Whether this process writes log, checkpoints and weights."
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:  # same shape
+        "Mean over the processes of a tensor that has the same shape in all."
+        return self.accelerator.reduce(values, "mean") if self.size > 1 else values
+
+    def from_main(self, value):
+        "The main process's value, in every process."
+        if self.size == 1: return value
+        from accelerate.utils import broadcast_object_list
+        return broadcast_object_list([value])[0]
+
+    def alike(self, value) -> bool:  # the same answer in every process
+        "Whether all processes hold equal values."
+        if self.size == 1: return True
+        from accelerate.utils import gather_object
+        return len(set(gather_object([value]))) == 1
+
+# %% ../nbs/04_training/02_training.ipynb #7b38bf2a
 class Trainer:
     "Two-stage training of one network in one folder, stoppable and resumable at any moment."
     def __init__(
@@ -152,28 +207,52 @@ class Trainer:
         folder: str | Path,  # log, checkpoints and weights of this run
         *,
         seed: int = 0,  # recorded; order and flips come from `data.seed`
-        device: str = "cpu",  # "cpu" or "cuda"
+        device: str = "cpu",  # "cpu" or "cuda"; an accelerator brings its own
         stages: tuple[int, ...] = (1, 2),  # which stages to run
         checkpoint_every: int = 50,  # optimiser steps between checkpoints
         validate: Callable[[SMFNet], dict[str, float]] | None = None,  # called after each epoch, model in evaluation mode
         validate_every: int = 1,  # epochs between validations
+        accelerator=None,  # an `accelerate.Accelerator`: each process trains on its share of every batch
+        sync_batchnorm: bool = False,  # BatchNorm over the whole batch of all processes (GPUs only)
     ):
-        if r.batch > len(data): raise InputError(f"batch: {r.batch} pairs, but the data has only {len(data)} patches; choose a smaller batch")
-        self.model, self.data, self.recipe, self.folder, self.seed = model.to(device), data, r, Path(folder), seed
-        self.device, self.stages, self.checkpoint_every = device, tuple(stages), checkpoint_every
+        self.team, self.device = Team(accelerator), str(accelerator.device) if accelerator else device
+        _check_run(self.team, self.device, r, data, tuple(stages), sync_batchnorm)
+        if sync_batchnorm and self.team.size > 1: nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.model, self.data, self.recipe, self.folder, self.seed = model.to(self.device), data, r, Path(folder), seed
+        self.stages, self.checkpoint_every, self.dtype = tuple(stages), checkpoint_every, next(model.parameters()).dtype
         self.validate, self.validate_every = validate, validate_every
         if r.channels_last: model.to(memory_format=torch.channels_last)
         self.call = torch.compile(model) if r.compile else model
         self.optimiser, self.progress = make_optimiser(model, r), Progress(stage=self.stages[0])
-        self.identity = {"config": asdict(model.config), "recipe": _plain(r), "seed": seed, "stages": list(self.stages),
-                         "data": data.fingerprint(), "initial weights": _fingerprint(model)}
+        self.identity = _identity(self, sync_batchnorm)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.log = self.folder / "log.jsonl"
+        self.log, self.on_record = self.folder / "log.jsonl", None
 
     @property
     def batches(self) -> int:  # batches in an epoch
         "Optimiser steps times `accumulate` in one epoch; an incomplete rest is dropped."
         return len(self.data) // self.recipe.batch // self.recipe.accumulate * self.recipe.accumulate
+
+# %% ../nbs/04_training/02_training.ipynb #54ebf49a
+def _check_run(team: Team, device: str, r: Recipe, data: PatchSet, stages: tuple[int, ...], sync_batchnorm: bool) -> None:
+    "Raise `InputError` for what cannot be trained."
+    if r.batch * r.accumulate > len(data):
+        what = f"batch: {r.batch} pairs" + (f", accumulate: {r.accumulate} batches" if r.accumulate > 1 else "")
+        raise InputError(f"{what}, but the data has only {len(data)} patches; choose a smaller batch")
+    if r.batch % team.size: raise InputError(f"batch: {r.batch} pairs cannot be shared evenly by {team.size} processes; choose a multiple of {team.size}")
+    if stages not in ((1,), (2,), (1, 2)): raise InputError(f"stages: {stages!r}; give (1,), (2,) or (1, 2)")
+    if device.split(":")[0] not in ("cpu", "cuda"): raise InputError(f"device: {device!r} is unknown; use 'cpu' or 'cuda'")
+    if device.startswith("cuda") and not torch.cuda.is_available(): raise InputError(f"device: {device!r}, but PyTorch finds no CUDA device; use 'cpu'")
+    if sync_batchnorm and device == "cpu": raise InputError("sync_batchnorm: works on GPUs only; on CPUs use freeze_bn=True or leave it out")
+
+def _identity(self, sync_batchnorm: bool) -> dict:
+    "What a checkpoint must agree on to continue this run; `InputError` if the processes of a team differ."
+    found = {"config": asdict(self.model.config), "recipe": _plain(self.recipe), "seed": self.seed, "stages": list(self.stages),
+             "data": self.data.fingerprint(), "initial weights": _fingerprint(self.model)}
+    if self.team.size > 1: found |= {"processes": self.team.size, "sync_batchnorm": sync_batchnorm}
+    if not self.team.alike(json.dumps(found, sort_keys=True)):
+        raise InputError("the processes hold different data, settings or initial weights; seed and load alike in each")
+    return found
 
 def _plain(r: Recipe) -> dict:
     return json.loads(json.dumps(asdict(r)))
@@ -184,17 +263,40 @@ def _fingerprint(model: nn.Module) -> str:
     for name, value in model.state_dict().items(): h.update(name.encode()); h.update(value.detach().cpu().numpy().tobytes())
     return h.hexdigest()
 
-# %% ../nbs/04_training/02_training.ipynb #f608b4d7
+# %% ../nbs/04_training/02_training.ipynb #792dad38
 @patch
-def save(self: Trainer) -> Path:  # the checkpoint's JSON file
+def save(self: Trainer) -> Path | None:  # the checkpoint's JSON file; None outside the main process
     "Write a checkpoint of the complete state."
-    self.progress.log_bytes = self.log.stat().st_size if self.log.exists() else 0
+    if not self.team.main: return None
+    if self.log.exists():
+        with self.log.open("rb+") as f: os.fsync(f.fileno())
+        self.progress.log_bytes = self.log.stat().st_size
     flat, groups = flatten_optimiser(self.optimiser)
     tensors = {**{f"model.{k}": v for k, v in self.model.state_dict().items()}, **flat, "rng": torch.get_rng_state()}
     if self.device.startswith("cuda"): tensors["rng_cuda"] = torch.cuda.get_rng_state()
     return save_checkpoint(self.folder / "checkpoints", self.progress.step, tensors,
                            {"progress": asdict(self.progress), "groups": groups, "identity": self.identity})
 
+def _load(self) -> tuple[dict[str, Tensor], dict] | None:
+    "The newest sound checkpoint, read by the main process, in every process."
+    found, error = None, None
+    if self.team.main:
+        try: found = load_checkpoint(self.folder / "checkpoints")
+        except InputError as e: error = str(e)
+    found, error = self.team.from_main((found, error))
+    if error: raise InputError(error)
+    return found
+
+def _differences(old: dict, new: dict) -> list[str]:
+    "Names of what differs, with the fields of configuration and recipe."
+    def name(key):
+        a, b = old.get(key), new.get(key)
+        if not (isinstance(a, dict) and isinstance(b, dict)): return key
+        changed = [f"{k} {a.get(k)!r} instead of {b.get(k)!r}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+        return f"{key} ({', '.join(changed)})"
+    return [name(k) for k in {**new, **old} if old.get(k) != new.get(k)]
+
+# %% ../nbs/04_training/02_training.ipynb #07a325f5
 @patch
 def resume(
     self: Trainer,
@@ -202,10 +304,10 @@ def resume(
     other: str = "error",  # what to do with another run's checkpoint: "error", or "restart" (it is set aside)
 ) -> bool:  # whether a checkpoint was found
     "Continue from the newest sound checkpoint of this folder; `InputError` if it belongs to another run."
-    found = load_checkpoint(self.folder / "checkpoints")
+    found = _load(self)
     if found is None: return _set_aside(self, ["log.jsonl"])
     tensors, state = found
-    differs = [k for k, v in self.identity.items() if state["identity"].get(k) != v]
+    differs = _differences(state["identity"], self.identity)
     if differs and other == "restart": return _set_aside(self, ["checkpoints", "log.jsonl"])
     if differs:
         raise InputError(f"{self.folder}: holds a run with another {', '.join(differs)}; use another folder, or remove it to start over")
@@ -214,78 +316,119 @@ def resume(
     torch.set_rng_state(tensors["rng"])
     if "rng_cuda" in tensors and self.device.startswith("cuda"): torch.cuda.set_rng_state(tensors["rng_cuda"])
     self.progress = Progress(**state["progress"])
-    if self.log.exists():
-        with self.log.open("r+b") as f: f.truncate(self.progress.log_bytes)
+    if self.team.main: _cut_log(self.log, self.progress.log_bytes)
     return True
+
+def _cut_log(log: Path, size: int) -> None:
+    "Drop records that were written after the checkpoint."
+    found = log.stat().st_size if log.exists() else 0
+    if found < size: warnings.warn(f"{log}: records of earlier steps are missing; training goes on without them", stacklevel=3)
+    elif found > size:
+        with log.open("r+b") as f: f.truncate(size)
 
 def _set_aside(self, names: list[str]) -> bool:
     "Move what another run left to old-1, old-2, …; always False, as nothing was resumed."
-    found = [self.folder / n for n in names if (self.folder / n).exists()]
+    found = [self.folder / n for n in names if (self.folder / n).exists()] if self.team.main else []
     number = next(i for i in range(1, 10 ** 6) if not (self.folder / f"old-{i}").exists())
     for path in found:
         (self.folder / f"old-{number}").mkdir(exist_ok=True)
         path.rename(self.folder / f"old-{number}" / path.name)
     return False
 
-# %% ../nbs/04_training/02_training.ipynb #3b5dbd73
+# %% ../nbs/04_training/02_training.ipynb #1098efd3
 @patch
 def record(self: Trainer, **values) -> None:
-    "Append one line to the log."
+    "Append one line to the log, and tell whoever listens."
+    if not self.team.main: return
     line = {k: v.item() if isinstance(v, Tensor) else v for k, v in values.items()}
     with self.log.open("a") as f: f.write(json.dumps(line) + "\n")
+    if self.on_record: self.on_record(line)
 
-def _stop_at_nan(self, batch, total, terms):
-    if math.isfinite(total.item()): return
-    path = self.folder / f"not-finite-step-{self.progress.step}.safetensors"
+def _evidence(self, batch: dict[str, Tensor], what: str) -> TrainingError:
+    "Save a batch and say why training stops."
+    p, share = self.progress, f"-process-{self.team.rank}" if self.team.size > 1 else ""
+    path = self.folder / f"not-finite-step-{p.step}{share}.safetensors"
     with atomic_path(path) as part: save_file({k: v.detach().cpu().contiguous() for k, v in batch.items()}, part)
-    bad = ", ".join(k for k, v in terms.items() if not math.isfinite(v.item())) or "total"
-    raise TrainingError(f"the loss is not finite (terms: {bad}) at stage {self.progress.stage}, step {self.progress.step}; the batch was "
-                        f"saved to {path}, the last checkpoint is intact; try a lower learning rate")
+    return TrainingError(f"the {what} at stage {p.stage}, step {p.step}; the batch was saved to {path}, the last checkpoint is intact; try a lower learning rate")
 
+def _backward(self, batches: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], TrainingError | None]:
+    "Gradients of the mean loss, with values for the log; stops at a loss that is not finite."
+    values: dict[str, Tensor] = {}
+    for batch in batches:
+        total, terms = batch_loss(self.call, batch, self.recipe, self.progress.stage)
+        now = {"loss": total.detach(), **{f"term.{k}": v for k, v in terms.items()}}
+        if not math.isfinite(total.item()):
+            bad = ", ".join(k[5:] for k, v in now.items() if k != "loss" and not math.isfinite(v.item())) or "total"
+            return now, _evidence(self, batch, f"loss is not finite (terms: {bad})")
+        (total / len(batches)).backward()
+        values = {k: values.get(k, 0) + v / len(batches) for k, v in now.items()}
+    return values, None
+
+def _average(self, values: dict[str, Tensor], failed: bool) -> tuple[dict[str, Tensor], bool]:
+    "Average gradients, running statistics and logged values over the team in one exchange; whether any process failed."
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.model.parameters()]
+    statistics = [b for b in self.model.buffers() if b.is_floating_point()]
+    report = torch.stack([*(v.to(self.dtype) for v in values.values()), torch.tensor(float(failed), dtype=self.dtype, device=self.device)])
+    parts = [*gradients, *statistics, report]
+    means = self.team.mean(torch.cat([t.flatten() for t in parts])).split([t.numel() for t in parts])
+    for t, mean in zip(parts, means): t.copy_(mean.view_as(t))
+    return dict(zip(values, report)), report[-1].item() > 0
+
+# %% ../nbs/04_training/02_training.ipynb #e38317f2
 @patch
 def train_step(self: Trainer, batches: list[dict[str, Tensor]]) -> dict[str, float]:  # total, terms, norms
-    "One optimiser step on `accumulate` batches."
+    "One optimiser step on `accumulate` batches, or in a team on this process's shares of them."
     p, r = self.progress, self.recipe
     self.optimiser.zero_grad(set_to_none=True)
-    for batch in batches:
-        batch = {k: v.to(self.device) for k, v in batch.items()}
-        total, terms = batch_loss(self.call, batch, r, p.stage)
-        _stop_at_nan(self, batch, total, terms)
-        (total / len(batches)).backward()
-    norms = clip_gradients(self.model, r.clip)
+    batches = [{k: v.to(self.device, self.dtype) for k, v in batch.items()} for batch in batches]
+    values, error = _backward(self, batches)
+    if self.team.size > 1:
+        values, failed = _average(self, values, error is not None)
+        if failed and not error: error = TrainingError(f"another process stopped at stage {p.stage}, step {p.step}: its loss is not finite")
+    if error: raise error
+    norms = {k: v.item() for k, v in clip_gradients(self.model, r.clip).items()}
+    if bad := [k for k, v in norms.items() if not math.isfinite(v)]:
+        raise _evidence(self, {k: torch.cat([b[k] for b in batches]) for k in batches[0]}, f"gradient of {', '.join(bad)} is not finite")
     for group in self.optimiser.param_groups:
         age = p.epoch + (r.epochs[0] if p.stage == 2 and group["name"] not in FUSION else 0)
         group["lr"] = learning_rate(r, age)
     self.optimiser.step()
-    return {"loss": total.item(), **{f"term.{k}": v.item() for k, v in terms.items()}, **{f"norm.{k}": v.item() for k, v in norms.items()}}
+    return {**{k: v.item() for k, v in values.items()}, **{f"norm.{k}": v for k, v in norms.items()}}
 
-# %% ../nbs/04_training/02_training.ipynb #02b50ac4
+# %% ../nbs/04_training/02_training.ipynb #a51ab108
 @patch
 def fit(
     self: Trainer,
     *,
     minutes: float | None = None,  # stop cleanly after this time; None: run to the end
     progress: bool = True,  # show a progress bar
+    on_record: Callable[[dict], None] | None = None,  # called after each line of the log, such as a `LivePlot`
 ) -> bool:  # True when all stages are complete, False when the budget ended first
     "Train to the end of the last stage, or until the budget is used; continues from `progress`."
     end = time.monotonic() + (60 * minutes if minutes is not None else math.inf)
-    r, p = self.recipe, self.progress
+    r, p, self.on_record = self.recipe, self.progress, on_record
     total = sum(r.epochs[s - 1] for s in self.stages) * (self.batches // r.accumulate)
-    with tqdm(total=total, initial=min(p.step, total), desc="train", disable=not progress, mininterval=1) as bar:
+    with tqdm(total=total, initial=min(p.step, total), desc="train", disable=not (progress and self.team.main), mininterval=1) as bar:
         while not p.done:
             if not _epoch(self, end, bar): self.save(); return False
             _finish_epoch(self)
     return True
+
+def _time_is_up(self, end: float) -> bool:
+    "Whether the budget is used, by the clock of any process; the answer is the same in all."
+    if end == math.inf: return False
+    return self.team.mean(torch.tensor(float(time.monotonic() > end), device=self.device)).item() > 0
 
 def _epoch(self, end: float, bar) -> bool:
     "The rest of the current epoch; False when the time is up."
     p, r = self.progress, self.recipe
     self.model.train()
     if r.freeze_bn: freeze_batchnorm(self.model)
-    waiting, source = [], self.data.batches(1000 * p.stage + p.epoch, r.batch, start=p.batch)
+    waiting, share = [], (self.team.rank, self.team.size)
+    source = self.data.batches(1000 * p.stage + p.epoch, r.batch, start=p.batch, share=share)
     for batch in source:
         if p.batch >= self.batches: break
-        if time.monotonic() > end and not waiting: return False
+        if not waiting and _time_is_up(self, end): return False
         waiting.append(batch); p.batch += 1
         if len(waiting) < r.accumulate: continue
         start = time.perf_counter()
@@ -303,12 +446,12 @@ def _finish_epoch(self) -> None:
     "Validate, move to the next epoch or stage, save."
     p, r = self.progress, self.recipe
     last = p.epoch + 1 == r.epochs[p.stage - 1]
-    if self.validate and (last or (p.epoch + 1) % self.validate_every == 0):
+    if self.team.main and self.validate and (last or (p.epoch + 1) % self.validate_every == 0):
         self.model.eval()
         self.record(kind="validation", stage=p.stage, epoch=p.epoch, step=p.step, **self.validate(self.model))
     p.epoch, p.batch = p.epoch + 1, 0
     if last:
-        self.model.save(self.folder / f"stage{p.stage}.safetensors", seed=str(self.seed), recipe=json.dumps(_plain(r)), step=str(p.step))
+        if self.team.main: self.model.save(self.folder / f"stage{p.stage}.safetensors", seed=str(self.seed), recipe=json.dumps(_plain(r)), step=str(p.step))
         p.done = p.stage == self.stages[-1]
         if not p.done: p.stage, p.epoch = self.stages[self.stages.index(p.stage) + 1], 0
     self.save()
