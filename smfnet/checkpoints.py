@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['save_checkpoint', 'list_checkpoints', 'load_checkpoint', 'flatten_optimiser', 'restore_optimiser']
 
-# %% ../nbs/04_training/01_checkpoints.ipynb #3c53c0d9
+# %% ../nbs/04_training/01_checkpoints.ipynb #5c1a12f2
+import hashlib
 import json
 import re
 import warnings
@@ -19,11 +20,15 @@ from torch import Tensor, nn
 from .checks import InputError
 from .provenance import atomic_path, sha256, write_json
 
-# %% ../nbs/04_training/01_checkpoints.ipynb #755deca2
+# %% ../nbs/04_training/01_checkpoints.ipynb #be0d5856
 _NAME = re.compile(r"step-(\d{9})\.json$")
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+
+def _digest(step: int, state: dict) -> str:
+    "Checksum of the JSON part, independent of how it is laid out in the file."
+    return hashlib.sha256(json.dumps([step, state], sort_keys=True).encode()).hexdigest()
 
 def save_checkpoint(
     folder: str | Path,  # where checkpoints of one run live
@@ -37,7 +42,8 @@ def save_checkpoint(
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:09d}.safetensors"
     with atomic_path(path) as part: save_file(_contiguous(tensors), part)
-    write_json(path.with_suffix(".json"), {"step": step, "sha256": sha256(path), "state": state})
+    state = json.loads(json.dumps(state))                # as it will be read
+    write_json(path.with_suffix(".json"), {"step": step, "sha256": sha256(path), "state": state, "state_sha256": _digest(step, state)})
     for old in list_checkpoints(folder)[keep:]:
         old.unlink(missing_ok=True)                      # first the JSON: a checkpoint without it does not exist
         old.with_suffix(".safetensors").unlink(missing_ok=True)
@@ -49,9 +55,10 @@ def list_checkpoints(
     "All complete checkpoints of a folder, newest first."
     return sorted((p for p in Path(folder).glob("step-*.json") if _NAME.match(p.name)), reverse=True)
 
-# %% ../nbs/04_training/01_checkpoints.ipynb #cca644b9
+# %% ../nbs/04_training/01_checkpoints.ipynb #cb2a16d6
 def _read_one(path: Path) -> tuple[dict[str, Tensor], dict]:
     meta = json.loads(path.read_text(encoding="utf-8"))
+    if meta.get("state_sha256", found := _digest(meta["step"], meta["state"])) != found: raise InputError(f"{path}: checksum differs; the file was damaged")
     data = path.with_suffix(".safetensors")
     if sha256(data) != meta["sha256"]: raise InputError(f"{data}: checksum differs; the file was damaged")
     return load_file(data), meta["state"]
@@ -63,7 +70,7 @@ def load_checkpoint(
     damaged = []
     for path in list_checkpoints(folder):
         try: result = _read_one(path)
-        except (InputError, OSError, ValueError, KeyError, SafetensorError) as e:
+        except (InputError, OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
             damaged.append(f"{path.name} ({type(e).__name__}: {e})"); continue
         if damaged: warnings.warn(f"damaged checkpoint skipped: {'; '.join(damaged)}; continuing from {path.name}", stacklevel=2)
         return result

@@ -38,7 +38,7 @@ def psnr(
     mse = (a - b).square().mean().item()
     return -10 * math.log10(mse) if mse else math.inf
 
-# %% ../nbs/06_metrics/11_validation.ipynb #9c0926dd
+# %% ../nbs/06_metrics/11_validation.ipynb #81998815
 class Validation:
     "Mean metrics of a model on fixed pairs, and a picture of the first ones."
     def __init__(
@@ -49,7 +49,7 @@ class Validation:
         pictures: str | Path | None = None,  # folder for a picture after each call
         shown: int = 3,  # pairs in the picture
     ):
-        self.pairs, self.stage, self.shown, self.calls = list(pairs), stage, shown, 0
+        self.pairs, self.stage, self.shown = list(pairs), stage, shown
         self.pictures = Path(pictures) if pictures else None
 
     def __call__(
@@ -65,7 +65,6 @@ class Validation:
             rows.append(self._measure(both, out))
             drawn.append({**both, **out})
         if self.pictures: self._draw(drawn[:self.shown])
-        self.calls += 1
         return {k: float(np.mean([r[k] for r in rows])) for k in rows[0]}
 
     def _measure(self, both: dict[str, Tensor], out: dict[str, Tensor]) -> dict[str, float]:
@@ -78,5 +77,6 @@ class Validation:
         for row, images in zip(axes, drawn):
             for ax, (name, x) in zip(row, images.items()):
                 ax.imshow(x[0, 0].float().cpu(), cmap="gray", vmin=0, vmax=1); ax.set_title(name, fontsize=8); ax.axis("off")
-        with atomic_path(self.pictures / f"stage{self.stage}-{self.calls:03d}.png") as part: fig.savefig(part, dpi=80)
+        number = len(list(self.pictures.glob(f"stage{self.stage}-*.png")))  # goes on counting when a run is continued
+        with atomic_path(self.pictures / f"stage{self.stage}-{number:03d}.png") as part: fig.savefig(part, dpi=80)
         plt.close(fig)
