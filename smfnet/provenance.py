@@ -107,7 +107,7 @@ def _reserve(target: Path) -> Path:
         raise InputError(f"{target.parent}: cannot write there ({e.strerror}); choose another output folder") from e
     return temporary
 
-# %% ../nbs/00_core/02_provenance.ipynb #78b17fa6
+# %% ../nbs/00_core/02_provenance.ipynb #b2f8c02b
 @contextlib.contextmanager
 def atomic_path(
     path: str | Path,  # final name; missing parent folders are made, a symbolic link is followed
@@ -116,7 +116,9 @@ def atomic_path(
     target = Path(os.path.realpath(path))
     temporary = _reserve(target)
     try:
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # some writers make their files private
         _sync(temporary)
         os.replace(temporary, target)
         if os.name == "posix": _sync(target.parent)

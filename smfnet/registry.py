@@ -125,7 +125,7 @@ def _split(name: str, owner: str, entry: dict, fetch: str) -> Split:
     return Split(name, owner, folder, None if stated["count"] == "unknown" else stated["count"], stated.get("counted_by"), pairs,
                  stated.get("about", ""), parent, out, MappingProxyType(extra))
 
-# %% ../nbs/03_data/04_registry.ipynb #54e86dad
+# %% ../nbs/03_data/04_registry.ipynb #c7403b2b
 REGISTRY = Path(smfnet.__file__).with_name("data_sets.json")
 
 @functools.cache
@@ -141,8 +141,8 @@ def registry() -> MappingProxyType:  # name -> DataSet, in the order of the file
 
 def _plain_name(name: str) -> str:
     "Letters and digits only, so that M³FD, m3fd and M3FD are one name."
-    text = unicodedata.normalize("NFKC", str(name)).casefold().removeprefix("harvard")
-    return "".join(c for c in text if c.isalnum())
+    text = unicodedata.normalize("NFKC", str(name)).casefold().removeprefix("harvard/")
+    return text if set("/\\") & set(text) else "".join(c for c in text if c.isalnum())  # a path is no name
 
 def find_set(
     name: str | DataSet,  # upper or lower case, with or without hyphens; "Harvard/MRI-CT" is MRI-CT; a `DataSet` is itself
