@@ -111,7 +111,7 @@ def _against_layout(report: Report, d: DataSet, s: Split, place: Path, progress:
     report.checked[s.name] = f"{len(pairs)} pairs, in {place / s.folder}"
     report.notes += pairs.notes
 
-# %% ../nbs/03_data/05_acquire.ipynb #b630a7fa
+# %% ../nbs/03_data/05_acquire.ipynb #d6b7ca4a
 def _shared_content(d: DataSet, places: dict[str, Path]) -> list[str]:
     "Splits that hold files of equal bytes under different names."
     seen: dict[str, tuple[str, str]] = {}
@@ -128,6 +128,7 @@ def _split_files(d: DataSet, s: Split, place: Path) -> list[str]:
     except InputError: return []
     return sorted({p.relative_to(place).as_posix() for pair in pairs for p in (pair.source.ir, pair.source.vis)})
 
+# %% ../nbs/03_data/05_acquire.ipynb #98d86527
 def verify(
     name: str | DataSet,  # of the registry, or a pinned folder
     split: str | None = None,  # None: all that are here
@@ -189,7 +190,7 @@ class _Budget:
                 if self.written > self.limit: raise InputError(f"{self.archive}: unpacks to more than {self.limit >> 20} MB; this looks like a bomb, do not trust it")
                 out.write(block)
 
-# %% ../nbs/03_data/05_acquire.ipynb #0d4c57a0
+# %% ../nbs/03_data/05_acquire.ipynb #ce738c75
 def _zip_members(archive: Path) -> Iterator[tuple[str, object]]:
     with zipfile.ZipFile(archive) as z:
         for m in z.infolist():
@@ -209,6 +210,7 @@ def _tar_members(archive: Path) -> Iterator[tuple[str, object]]:
         while rest := t.fileobj.read(1 << 20): closing += len(rest)
         if closing < tarfile.BLOCKSIZE: raise InputError(f"{archive}: damaged or incomplete (its end is missing); download it again")
 
+# %% ../nbs/03_data/05_acquire.ipynb #822e933c
 def unpack(
     archive: str | Path,  # .zip, .tar, .tar.gz, .tar.bz2 or .tar.xz
     folder: str | Path,  # receives the files; must be empty or new
@@ -407,7 +409,7 @@ def _fetch(f: KnownFile, stage: Path, mirror: str | None, timeout: float) -> Non
     pooch.get_logger().setLevel("WARNING")
     pooch.retrieve(url, f"sha256:{f.sha256}", fname=PurePosixPath(f.path).name, path=(stage / f.path).parent, downloader=_Bounded(f, timeout))
 
-# %% ../nbs/03_data/05_acquire.ipynb #f750cd46
+# %% ../nbs/03_data/05_acquire.ipynb #32d49888
 def _why(error: Exception) -> tuple[str, bool]:
     "What went wrong in plain words, and whether another attempt may help."
     import requests
@@ -419,6 +421,7 @@ def _why(error: Exception) -> tuple[str, bool]:
         return f"{more}the content is not what the registry knows (damaged, tampered with, or replaced)", True
     return "the connection broke or could not be made", True
 
+# %% ../nbs/03_data/05_acquire.ipynb #17618ac7
 def _persist(f: KnownFile, stage: Path, mirror: str | None, *, timeout: float, attempts: int, pause: float) -> None:
     "Fetch one file, trying again after failures; `InputError` names the file and the reason."
     import requests
@@ -431,11 +434,13 @@ def _persist(f: KnownFile, stage: Path, mirror: str | None, *, timeout: float, a
                                  "checked files are kept: run the same command again later") from e
             time.sleep(pause * attempt)
 
+# %% ../nbs/03_data/05_acquire.ipynb #141a4040
 def _complete_elsewhere(wanted: Iterable[Split]) -> dict[str, Path]:
     "Splits that are complete in a place where reading looks first."
     places = ((s, place) for s in wanted if (place := locate(s)) and place != write_root())
     return {s.name: place / s.folder for s, place in places if all(_intact(f, place) for f in s.files)}
 
+# %% ../nbs/03_data/05_acquire.ipynb #58555bec
 def get(
     name: str | DataSet,  # of the registry, or a pinned folder
     splits: Iterable[str] = (),  # default: all that can be fetched

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROADSCENE_SAME_SCENE', 'LoadedPair', 'load_pairs', 'contrast', 'grid', 'PatchSet']
 
-# %% ../nbs/03_data/03_datasets.ipynb #6140e815
+# %% ../nbs/03_data/03_datasets.ipynb #a50bcfdb
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from .checks import InputError
 from .images import Pair, find_pairs, read_pair
+from .registry import find_set
 
 # %% ../nbs/03_data/03_datasets.ipynb #7147c60f
 @dataclass(frozen=True, eq=False)
@@ -46,9 +47,8 @@ def _load(p: Pair) -> LoadedPair:
     ir, vis = read_pair(ir=p.ir, vis=p.vis)
     return LoadedPair(p.stem, ir.luminance, vis.luminance)
 
-# %% ../nbs/03_data/03_datasets.ipynb #c7caf34b
-ROADSCENE_SAME_SCENE = tuple(f"FLIR_{n}" for n in (
-    "04929", "04968", "06422", "06407", "04997", "05016", "05027", "08220", "08191", "09512", "05872"))
+# %% ../nbs/03_data/03_datasets.ipynb #4a11412c
+ROADSCENE_SAME_SCENE = find_set("RoadScene").split("train-disjoint").leave_out
 
 # %% ../nbs/03_data/03_datasets.ipynb #f9d20fad
 def contrast(

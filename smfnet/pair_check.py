@@ -49,7 +49,7 @@ def edges(
     gradients = [ndimage.gaussian_filter(luminance, 1.5, order=order) for order in ((0, 1), (1, 0))]
     return np.sqrt(np.hypot(*gradients))
 
-# %% ../nbs/03_data/07_pair_check.ipynb #0988cf49
+# %% ../nbs/03_data/07_pair_check.ipynb #08f4c1f1
 def overlap(
     ir: np.ndarray,  # H×W
     vis: np.ndarray,  # H×W
@@ -72,6 +72,7 @@ def _peak(a: np.ndarray, b: np.ndarray, reach: int) -> tuple[int, int, float]:
     spread = 1.4826 * np.median(np.abs(near - np.median(near)))
     return int(rows) - reach, int(columns) - reach, float((near.max() - np.median(near)) / max(spread, 1e-12))
 
+# %% ../nbs/03_data/07_pair_check.ipynb #7ad7a81a
 def estimate_shift(
     *,
     ir: np.ndarray,  # H×W, [0,1]
@@ -166,7 +167,7 @@ def _repeats(marks: dict[str, tuple]) -> list[Finding]:
             found.append(Finding(stem, "duplicate", f"nearly repeats {stems[int(near.argmax())]} on both sides; keep them in one split"))
     return found
 
-# %% ../nbs/03_data/07_pair_check.ipynb #7f606f4f
+# %% ../nbs/03_data/07_pair_check.ipynb #f41be88b
 @dataclass
 class CheckReport:
     "What was found in a set of pairs."
@@ -179,6 +180,7 @@ class CheckReport:
         counts = ", ".join(f"{fault} {sum(f.fault == fault for f in self.findings)}" for fault in faults)
         return [*(f"{f.stem}: {f.fault}: {f.text}" for f in self.findings), f"{self.pairs} pairs checked, {counts or 'nothing found'}"]
 
+# %% ../nbs/03_data/07_pair_check.ipynb #967a5b69
 def check_pairs(
     pairs: PairSet,  # see `get_pairs`, best with strict=False
     *,

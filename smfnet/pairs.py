@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Content', 'Boxes', 'PixelCache', 'Files', 'Packed', 'Rendered', 'read_mask', 'read_boxes', 'DataPair', 'PairSet',
-           'get_pairs', 'PatchData', 'EpochBatches', 'patch_loader', 'statistics']
+           'get_pairs', 'PatchData', 'EpochBatches', 'patch_loader', 'statistics', 'spread']
 
 # %% ../nbs/03_data/06_pairs.ipynb #b1a3077f
 import json
@@ -340,7 +340,7 @@ def _is_folder(name) -> bool:
     except InputError: return Path(name).expanduser().is_dir() or "/" in str(name) or "\\" in str(name)
     return False
 
-# %% ../nbs/03_data/06_pairs.ipynb #d78ecee8
+# %% ../nbs/03_data/06_pairs.ipynb #fdc22526
 def get_pairs(
     name: str | Path | DataSet | None = None,  # a set of the registry, or a folder that holds ir/ and vi/ (a `Path` always means a folder)
     split: str | None = None,  # of the set, e.g. test; may be omitted where there is only one
@@ -364,6 +364,7 @@ def get_pairs(
     if strict and found.problems: raise InputError(_problems(label, found.problems))
     return PairSet(_without(found, label, leave_out), name=label, split=split or "", notes=notes, problems=found.problems, memory=memory)
 
+# %% ../nbs/03_data/06_pairs.ipynb #5bdd84b2
 def _problems(label: str, problems: dict[str, str], show: int = 5) -> str:
     more = f"; and {len(problems) - show} more" if len(problems) > show else ""
     return f"{label}: {'; '.join(list(problems.values())[:show])}{more}"
@@ -394,7 +395,7 @@ class PatchData(Dataset):
         both = torch.from_numpy(np.ascontiguousarray(self.patches[key]))
         return {"ir": both[:1], "vis": both[1:]}
 
-# %% ../nbs/03_data/06_pairs.ipynb #9f6cd059
+# %% ../nbs/03_data/06_pairs.ipynb #fa820114
 class EpochBatches(Sampler):
     "Keys of the batches of one epoch, from any batch on, for one of several processes; the same as `PatchSet.batches`."
     def __init__(
@@ -427,6 +428,7 @@ class EpochBatches(Sampler):
             first = batch * self.size + rank * part
             yield [(self.epoch, int(i)) for i in order[first:first + part]]
 
+# %% ../nbs/03_data/06_pairs.ipynb #ef879e52
 def patch_loader(
     patches: PatchSet,
     size: int,  # pairs in a batch of all processes together
@@ -453,3 +455,14 @@ def _numbers(p: DataPair) -> dict:
     return {"stem": p.stem, "width": ir.shape[1], "height": ir.shape[0], "ir_mean": float(ir.mean()), "ir_std": float(ir.std()),
             "vis_mean": float(vis.mean()), "vis_std": float(vis.std()), "correlation": 0.0 if flat else float(np.corrcoef(ir.ravel(), vis.ravel())[0, 1]),
             "colour": chroma is not None}
+
+# %% ../nbs/03_data/06_pairs.ipynb #612608a8
+def spread(
+    pairs: PairSet,
+    n: int,  # number of pairs, at most
+) -> PairSet:  # shares the memory of `pairs`
+    "At most `n` pairs, evenly spread over a set."
+    chosen = np.linspace(0, len(pairs) - 1, min(n, len(pairs))).round().astype(int)
+    part = PairSet((), name=pairs.name, split=pairs.split, notes=pairs.notes, problems=pairs.problems)
+    part.cache, part.pairs = pairs.cache, [pairs[i] for i in chosen]
+    return part

@@ -38,7 +38,7 @@ def psnr(
     mse = (a - b).square().mean().item()
     return -10 * math.log10(mse) if mse else math.inf
 
-# %% ../nbs/06_metrics/11_validation.ipynb #81998815
+# %% ../nbs/06_metrics/11_validation.ipynb #e7419dd9
 class Validation:
     "Mean metrics of a model on fixed pairs, and a picture of the first ones."
     def __init__(
@@ -77,6 +77,6 @@ class Validation:
         for row, images in zip(axes, drawn):
             for ax, (name, x) in zip(row, images.items()):
                 ax.imshow(x[0, 0].float().cpu(), cmap="gray", vmin=0, vmax=1); ax.set_title(name, fontsize=8); ax.axis("off")
-        number = len(list(self.pictures.glob(f"stage{self.stage}-*.png")))  # goes on counting when a run is continued
+        number = sum(p.is_file() for p in self.pictures.glob(f"stage{self.stage}-*.png"))  # goes on counting when a run is continued
         with atomic_path(self.pictures / f"stage{self.stage}-{number:03d}.png") as part: fig.savefig(part, dpi=80)
         plt.close(fig)

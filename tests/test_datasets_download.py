@@ -11,6 +11,7 @@ from urllib.parse import unquote
 import pytest
 from datasets_toys import files_below, real, toy  # noqa: F401  (fixtures)
 
+from smfnet import acquire
 from smfnet.acquire import STAGE, get, verify
 from smfnet.checks import InputError
 from smfnet.registry import find_set
@@ -155,3 +156,31 @@ def test_what_is_in_the_shared_place_is_not_fetched(toy, site, tmp_path, monkeyp
     monkeypatch.setenv("SMFNET_DATA", str(tmp_path / "home"))
     outcome = get(toy, mirror=site.url, progress=False)
     assert not outcome.installed and len(outcome.notes) == 2 and not site.visits and not (tmp_path / "data/toy").exists()
+
+
+def test_interrupted_from_the_keyboard(toy, site, tmp_path, monkeypatch):  # noqa: F811
+    """Nothing is installed, and what was checked is not fetched again; the rest of a killed download never reaches the set."""
+    real_fetch, count = acquire._fetch, []
+
+    def interrupted(*args):
+        count.append(1)
+        if len(count) == 4:
+            raise KeyboardInterrupt
+        return real_fetch(*args)
+
+    monkeypatch.setattr(acquire, "_fetch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fetch(toy, site, tmp_path)
+    assert not (tmp_path / "data/toy").exists() and len(site.visits) == 3
+    staged = next((tmp_path / "data" / STAGE).rglob("ir"))
+    (staged / "tmp1234.png").write_bytes(b"half a file")
+    fetch(toy, site, tmp_path)
+    assert set(site.visits.values()) == {1} and len(site.visits) == 12
+    assert verify(toy, root=tmp_path / "data").ok and not (tmp_path / "data" / STAGE).exists()
+
+
+def test_full_disk(toy, site, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100})())
+    with pytest.raises(InputError, match="are needed"):
+        fetch(toy, site, tmp_path)
+    assert not site.visits and not (tmp_path / "data/toy").exists()

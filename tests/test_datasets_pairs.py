@@ -180,3 +180,13 @@ def test_checker_finds_what_the_registry_lists(real):  # noqa: F811
     """21 PET images are used twice."""
     found = check_pairs(get_pairs("MRI-PET", "test", root=real), progress=False).findings
     assert sum(f.fault == "duplicate" and "visible image is that of" in f.text for f in found) == 21
+
+
+def test_benchmark_of_loading(folder):
+    """The benchmark reads a folder of its own and counts."""
+    from argparse import Namespace
+
+    from bench.loading import measure
+
+    found = measure(Namespace(set=str(folder), split="", root=None, memory=0, patch=32, batch=4, workers=0, seconds=0.2))
+    assert found["pairs_per_second"] > 0 and found["patches"] > 4 and found["epochs"] >= 1
