@@ -210,7 +210,7 @@ def _tar_members(archive: Path) -> Iterator[tuple[str, object]]:
         while rest := t.fileobj.read(1 << 20): closing += len(rest)
         if closing < tarfile.BLOCKSIZE: raise InputError(f"{archive}: damaged or incomplete (its end is missing); download it again")
 
-# %% ../nbs/03_data/05_acquire.ipynb #822e933c
+# %% ../nbs/03_data/05_acquire.ipynb #b5ba2bfa
 def unpack(
     archive: str | Path,  # .zip, .tar, .tar.gz, .tar.bz2 or .tar.xz
     folder: str | Path,  # receives the files; must be empty or new
@@ -229,7 +229,7 @@ def unpack(
             with open_member() as source: budget.copy(source, folder / path)
             count += 1
     except FileExistsError as e: raise InputError(f"{archive}: holds the member {name!r} twice; download it again") from e
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, NotImplementedError, ValueError) as e:
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, RuntimeError, ValueError) as e:  # RuntimeError: a method of compression that is not supported
         if isinstance(e, InputError): raise
         raise InputError(f"{archive}: damaged or incomplete ({e}); download it again") from e
     return count
