@@ -9,8 +9,8 @@ VENV        ?= .venv
 CONSTRAINTS ?= requirements/constraints.txt
 JOBS        ?= 2
 FLAGS       ?=
-PROFILE     ?= demo
 DATA        ?=
+PROFILE     ?= $(if $(DATA),real,demo)
 SET         ?=
 DRY         ?=
 ARGS        ?=
@@ -18,11 +18,11 @@ ARGS        ?=
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install reproduce test bench lint export clean
+.PHONY: help install reproduce reproduce-full test browser app bench lint export clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 install: $(STAMP)  ## make the environment and install the package with all tools
 
@@ -37,17 +37,29 @@ $(STAMP): pyproject.toml $(wildcard $(CONSTRAINTS))
 	$(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
 	@touch $@
 
-reproduce: $(STAMP)  ## train, fuse, evaluate, draw (PROFILE=demo DATA=DIR SET="STAGE.NAME=VALUE ..." DRY=1)
+reproduce: $(STAMP)  ## every table and figure (DATA=DIR: of real images; PROFILE=demo|real|full SET="STAGE.NAME=VALUE ..." DRY=1)
 	@$(BIN)/python -m smfnet.pipeline reproduce --profile $(PROFILE) $(if $(DATA),--data '$(DATA)') \
 	  $(foreach change,$(SET),--set '$(change)') $(if $(DRY),--dry-run) $(if $(ARGS),-- $(ARGS))
+
+reproduce-full:  ## the same with all training, ablations and seeds: demo scale, with DATA=DIR as in the paper (GPU)
+	@$(MAKE) --no-print-directory reproduce PROFILE=full
 
 test: $(STAMP)  ## test the notebooks and tests/ (JOBS=2, FLAGS="slow cuda" for flagged cells, ARGS for pytest)
 	@rm -f .last-test-count; status=0; \
 	$(BIN)/python -m pytest -n $(JOBS) --notebook-flags '$(FLAGS)' $(ARGS) || status=$$?; \
 	cat .last-test-count 2>/dev/null || echo "0 passed, 1 failed"; exit $$status
 
-bench: $(STAMP)  ## time the network against a literal version
-	@$(BIN)/python -m bench.run $(ARGS)
+browser:  ## install Chromium, which the browser tests need (Debian, Ubuntu; or set SMFNET_CHROMIUM=/path/to/chrome)
+	@if [ -n "$$SMFNET_CHROMIUM" ] || command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null; then echo "Chromium is here"; \
+	elif ! command -v apt-get >/dev/null; then echo "error: no apt-get; install Chromium and set SMFNET_CHROMIUM to its path"; exit 1; \
+	elif [ "$$(id -u)" = 0 ]; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; \
+	else sudo apt-get update -qq && sudo apt-get install -y -qq chromium >/dev/null; fi
+
+app: $(STAMP)  ## serve the notebooks of nbs/apps as pages, on this machine only (ARGS="--port=8866 --no-browser")
+	@$(BIN)/voila nbs/apps --Voila.ip=127.0.0.1 --TagRemovePreprocessor.remove_cell_tags=remove-cell $(ARGS)
+
+bench: $(STAMP)  ## time fusion over sizes, and a training step, against a literal version (ARGS="--slow" for all sizes)
+	@$(BIN)/python -m bench.inference $(ARGS)
 
 lint: $(STAMP)  ## check the style of notebooks, modules and tests
 	@$(BIN)/ruff check .

@@ -6,10 +6,12 @@
 __all__ = ['PixelLayerNorm', 'Pointwise', 'pixel_rows', 'attention_matrix', 'attend', 'MDTA', 'DenseMDTA', 'LeFF', 'FeedForward',
            'TransformerBlock']
 
-# %% ../nbs/01_network/01_attention.ipynb #e538d835
+# %% ../nbs/01_network/01_attention.ipynb #9df90c45
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .pixelwise import pixelwise
 
 # %% ../nbs/01_network/01_attention.ipynb #7ef4678a
 class PixelLayerNorm(nn.LayerNorm):
@@ -42,12 +44,16 @@ class Pointwise(nn.Conv2d):
         if plain or torch.is_autocast_enabled("cpu"): return super().forward(x)
         return torch.mkldnn_convolution(x, self.weight, self.bias, (0, 0), (1, 1), (1, 1), 1)
 
-# %% ../nbs/01_network/01_attention.ipynb #774e8e50
+# %% ../nbs/01_network/01_attention.ipynb #552228c4
 def pixel_rows(
     x: Tensor,  # B×C×H×W
 ) -> Tensor:  # B×N×C, a view when x is channels last in memory
     "One row a pixel."
     return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+def _length(rows: Tensor) -> Tensor:
+    "Lengths of the columns of B×N×C, at least 1e-12; `vector_norm` would lose digits over many pixels."
+    return rows.square().sum(1).clamp_min(1e-24).sqrt()
 
 def attention_matrix(
     q: Tensor,  # B×C×H×W, queries
@@ -58,8 +64,7 @@ def attention_matrix(
     q, k = pixel_rows(q), pixel_rows(k)
     b, _, c = q.shape
     heads = temperature.shape[0]
-    length = lambda t: torch.linalg.vector_norm(t, dim=1).clamp_min(1e-12)
-    cosine = q.transpose(1, 2) @ k / (length(q)[:, :, None] * length(k)[:, None])
+    cosine = q.transpose(1, 2) @ k / (_length(q)[:, :, None] * _length(k)[:, None])
     blocks = cosine.view(b, heads, c // heads, heads, c // heads).diagonal(dim1=1, dim2=3)  # B×c×c×heads
     return torch.diag_embed(torch.softmax(blocks * temperature.flatten(), 2), dim1=1, dim2=3).reshape(b, c, c)
 
@@ -152,7 +157,7 @@ class FeedForward(nn.Sequential):
     ):
         super().__init__(Pointwise(dim, 2 * dim, bias=False), nn.GELU(), Pointwise(2 * dim, dim, bias=False))
 
-# %% ../nbs/01_network/01_attention.ipynb #feb9f306
+# %% ../nbs/01_network/01_attention.ipynb #f8cd81ef
 class TransformerBlock(nn.Module):
     "One transformer block, T1 (MDTA, LeFF) or T2 (dense attention, pointwise network); `ValueError` for another kind."
     def __init__(
@@ -167,6 +172,7 @@ class TransformerBlock(nn.Module):
         self.attention = MDTA(dim, heads) if kind == "T1" else DenseMDTA(dim, heads)
         self.norm2 = PixelLayerNorm(dim)
         self.feed_forward = LeFF(dim) if kind == "T1" else FeedForward(dim)
+        self.pointwise = kind == "T2"
 
     def forward(
         self,
@@ -174,4 +180,6 @@ class TransformerBlock(nn.Module):
     ) -> Tensor:  # B×C×H×W
         "Attention, then feed-forward, each on normalised features and added."
         x = x + self.attention(self.norm1(x))
-        return x + self.feed_forward(self.norm2(x))
+        if not self.pointwise: return x + self.feed_forward(self.norm2(x))
+        rest = [p for part in (self.norm2, self.feed_forward) for p in part.parameters()]
+        return pixelwise(lambda t: t + self.feed_forward(self.norm2(t)), x, parameters=rest)[0]

@@ -68,7 +68,7 @@ def grid(
     "Corners of all patches of a regular grid that fit inside the image."
     return [(y, x) for y in range(0, height - patch + 1, stride) for x in range(0, width - patch + 1, stride)]
 
-# %% ../nbs/03_data/03_datasets.ipynb #512ca5dd
+# %% ../nbs/03_data/03_datasets.ipynb #f9ae7120
 class PatchSet:
     "Patches of pairs in memory; a batch is a pure function of (seed, epoch, indices)."
     def __init__(
@@ -79,9 +79,11 @@ class PatchSet:
         stride: int = 128,  # step of the grid, pixels
         min_contrast: float = 0.1,  # drop flatter patches; 0 keeps all
         flips: bool = True,  # mirror at random, both axes
-        seed: int = 0,  # of the order and the flips
+        gain: float = 0.0,  # below 1: darken each modality at random, by at most this share
+        seed: int = 0,  # of the order, the flips and the gains
     ):
-        self.pairs, self.patch, self.flips, self.seed = list(pairs), patch, flips, seed
+        if not 0 <= gain < 1: raise InputError(f"gain: {gain!r}; give a number from 0 to below 1")
+        self.pairs, self.patch, self.flips, self.gain, self.seed = list(pairs), patch, flips, gain, seed
         for p in self.pairs:
             if min(p.ir.shape) < patch:
                 raise InputError(f"{p.stem}: {p.ir.shape[1]}×{p.ir.shape[0]} is smaller than a {patch}×{patch} patch; choose a smaller patch")
@@ -102,13 +104,16 @@ class PatchSet:
         self,
         key: tuple[int, int],  # (epoch, index)
     ) -> np.ndarray:  # 2×h×h float32: infrared, visible
-        "One pair of patches, mirrored as (seed, epoch, index) says."
+        "One pair of patches, mirrored and darkened as (seed, epoch, index) says."
         epoch, index = map(int, key)
         i, y, x = self.items[index]
         pair = np.stack([a[y:y + self.patch, x:x + self.patch] for a in (self.pairs[i].ir, self.pairs[i].vis)])
         if self.flips:
             up, left = np.random.Generator(np.random.PCG64([self.seed, epoch, index, 1])).integers(0, 2, 2)
             pair = pair[:, ::1 - 2 * up, ::1 - 2 * left]
+        if self.gain:
+            factors = np.random.Generator(np.random.PCG64([self.seed, epoch, index, 2])).uniform(1 - self.gain, 1, (2, 1, 1))
+            pair = pair * factors.astype(np.float32)
         return pair
 
     def batch(
@@ -137,6 +142,6 @@ class PatchSet:
 
     def fingerprint(self) -> str:  # hexadecimal sha256
         "A checksum of pixels, patch positions and settings: runs may only be continued on equal data."
-        h = hashlib.sha256(repr((self.items, self.patch, self.flips, self.seed)).encode())
+        h = hashlib.sha256(repr((self.items, self.patch, self.flips, *([self.gain] if self.gain else []), self.seed)).encode())
         for p in self.pairs: h.update(p.ir.tobytes()); h.update(p.vis.tobytes())
         return h.hexdigest()

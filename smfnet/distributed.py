@@ -113,7 +113,7 @@ def train(
     with live.following() if live else contextlib.nullcontext(): launch(_work, *rest, None, device, settings, processes=processes)
     return Progress(**load_checkpoint(Path(folder, "checkpoints"))[1]["progress"])
 
-# %% ../nbs/04_training/03_distributed.ipynb #3ef88f63
+# %% ../nbs/04_training/03_distributed.ipynb #92d94bc3
 def _setting(text: str) -> tuple[str, object]:
     "NAME=VALUE, the value in JSON's terms or plain text."
     name, separator, value = text.partition("=")
@@ -146,7 +146,7 @@ def main(
         torch.manual_seed(args.seed)
         r = recipe(args.recipe, **dict(args.settings))
         model = SMFNet.load(args.init) if args.init else SMFNet(args.preset)
-        data = PatchSet(load_pairs(args.data, progress=False), patch=r.patch, stride=r.stride, min_contrast=r.min_contrast, flips=r.flips, seed=args.seed)
+        data = PatchSet(load_pairs(args.data, progress=False), patch=r.patch, stride=r.stride, min_contrast=r.min_contrast, flips=r.flips, gain=r.gain, seed=args.seed)
         where = train(model, data, r, args.out, minutes=args.minutes, seed=args.seed, device=args.device, stages=tuple(args.stages),
                       checkpoint_every=args.checkpoint_every, sync_batchnorm=args.sync_batchnorm, notes={"recipe": args.recipe, "seed": str(args.seed)})
     except (InputError, TrainingError) as e:

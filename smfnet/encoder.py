@@ -13,7 +13,7 @@ from .attention import TransformerBlock
 from .base import BaseBranch
 from .cai import CAI
 
-# %% ../nbs/01_network/05_encoder.ipynb #3cafed3b
+# %% ../nbs/01_network/05_encoder.ipynb #f979db8d
 class Encoder(nn.Module):
     "Shallow, base and detail features of luminance images (section 2.2); one set of weights for both modalities."
     def __init__(
@@ -22,12 +22,15 @@ class Encoder(nn.Module):
         heads: int,  # attention heads; divides C and C/2
         groups: int,  # residual groups of the base branch
         depth: int,  # (T1, T2) pairs in a group
+        *,
+        base: str = "residual",  # kind of the base branch, see `BaseBranch`
+        detail: str = "cai",  # kind of the detail branch, see `CAI`
     ):
         super().__init__()
         self.embed = nn.Conv2d(1, dim, 3, padding=1, bias=False)
         self.shallow = TransformerBlock(dim, heads, "T1")
-        self.base = BaseBranch(dim, heads, groups, depth)
-        self.detail = CAI(dim, heads)
+        self.base = BaseBranch(dim, heads, groups, depth, base)
+        self.detail = CAI(dim, heads, detail)
 
     def forward(
         self,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pick_device', 'load_model', 'fuse_pictures', 'fuse_pair', 'FusionReport', 'fuse_folder']
 
-# %% ../nbs/05_fusion/01_fusion.ipynb #1039d004
+# %% ../nbs/05_fusion/01_fusion.ipynb #247fc0c7
 import os
 import tempfile
 from collections.abc import Callable
@@ -19,8 +19,10 @@ from tqdm.auto import tqdm
 
 from .checks import InputError
 from .images import EXTENSIONS, Pair, Pairs, Picture, check_range, find_pairs, read_pair, to_levels, write_image
+from .inference import prepare_for_inference
 from .interop import load_released
 from .network import SMFNet
+from .streaming import parse_memory
 
 # %% ../nbs/05_fusion/01_fusion.ipynb #16437c66
 def pick_device(
@@ -90,7 +92,7 @@ def fuse_pictures(
     if not np.isfinite(fused).all(): raise InputError(f"{vis.path}: the method returned NaN; check its weights")
     return _stretched(fused) if stretch else fused
 
-# %% ../nbs/05_fusion/01_fusion.ipynb #20ecc742
+# %% ../nbs/05_fusion/01_fusion.ipynb #975d0ab7
 def _target(out: str | Path, stem: str) -> Path:
     "The file to write: `out` itself if it ends in .png, else `<stem>.png` in the folder `out`."
     out = Path(out).expanduser()
@@ -111,10 +113,17 @@ def _fuse_files(model, pair: Pair, target: Path | None, log: Callable[[str], Non
     if target is None: return to_levels(fused, vis.chroma, bits=vis.bits)
     return write_image(target, fused, vis.chroma, bits=vis.bits)
 
-def _as_model(model, device: str):
-    return load_model(model or "tiny", device=device) if model is None or isinstance(model, str | Path) else model
+def _as_model(model, device: str, max_memory: int | str | None = None):
+    "An object as it is; weights loaded and prepared, or as they are if their variant of the network cannot be prepared."
+    if max_memory is not None: parse_memory(max_memory)
+    if model is not None and not isinstance(model, str | Path): return model
+    loaded = load_model(model or "tiny", device=device)
+    try: return prepare_for_inference(loaded, max_memory=max_memory)
+    except InputError:
+        if max_memory is not None: raise
+        return loaded
 
-# %% ../nbs/05_fusion/01_fusion.ipynb #ae7e4cca
+# %% ../nbs/05_fusion/01_fusion.ipynb #2bf84b4c
 def fuse_pair(
     *,
     ir: str | Path,  # infrared file
@@ -124,13 +133,14 @@ def fuse_pair(
     stretch: bool = False,  # stretch the fused luminance to the full range
     range: tuple[float, float] | None = None,  # infrared values that become 0 and 1, in the file's units
     device: str = "auto",  # where weights are loaded to; ignored for an object
+    max_memory: int | str | None = None,  # "4GB", "500MB", bytes for one pair; None: from what is free; ignored for an object
     log: Callable[[str], None] = print,  # receives remarks, e.g. the thermal range
 ) -> np.ndarray:  # H×W or H×W×3, uint8 or uint16, as in the file
     "Fuse two files into a PNG of the visible file's size, depth and colour; `InputError` for bad input."
     pair = Pair(Path(vis).stem, Path(ir).expanduser(), Path(vis).expanduser())
     target = None if out is None else _target(out, pair.stem)
     if target is not None: _guard(target, pair)
-    return _fuse_files(_as_model(model, device), pair, target, log, stretch=stretch, range=range)
+    return _fuse_files(_as_model(model, device, max_memory), pair, target, log, stretch=stretch, range=range)
 
 # %% ../nbs/05_fusion/01_fusion.ipynb #5694fb29
 @dataclass
@@ -178,7 +188,7 @@ def _each_once(log: Callable[[str], None]) -> Callable[[str], None]:
         seen.add(remark)
     return say
 
-# %% ../nbs/05_fusion/01_fusion.ipynb #22d020bd
+# %% ../nbs/05_fusion/01_fusion.ipynb #58c36e2e
 def fuse_folder(
     *,
     ir: str | Path,  # infrared folder, file, or data-set root
@@ -188,6 +198,7 @@ def fuse_folder(
     stretch: bool = False,  # stretch the fused luminance to the full range
     range: tuple[float, float] | None = None,  # infrared values that become 0 and 1, in the files' units
     device: str = "auto",  # where weights are loaded to; ignored for an object
+    max_memory: int | str | None = None,  # "4GB", "500MB", bytes for one pair; None: from what is free; ignored for an object
     skip_existing: bool = False,  # leave images alone that are there already
     progress: bool = True,  # show a bar
 ) -> FusionReport:  # what was written, skipped, and what failed and why
@@ -195,7 +206,7 @@ def fuse_folder(
     if range is not None: check_range(range)
     found = find_pairs(ir=ir, vis=vis)
     report = FusionReport(_prepare(out, found, (ir, vis)), problems=dict(found.problems))
-    model, say = _as_model(model, device), _each_once(tqdm.write)
+    model, say = _as_model(model, device, max_memory), _each_once(tqdm.write)
     for pair in tqdm(found.pairs, desc="fusing", unit="pair", disable=not progress):
         target = report.out / f"{pair.stem}.png"
         try:

@@ -6,7 +6,7 @@
 __all__ = ['DILATIONS', 'EDGE_GATINGS', 'NodeEmbedding', 'CrossModalExchange', 'interleave', 'EdgeMessages', 'ConvGRU',
            'ScaleReasoning', 'GraphReasoning']
 
-# %% ../nbs/01_network/04_graph.ipynb #f5c065d4
+# %% ../nbs/01_network/04_graph.ipynb #250dc2d7
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .attention import Pointwise
 from .checks import InputError
+from .pixelwise import pixelwise
 
 # %% ../nbs/01_network/04_graph.ipynb #4d019321
 DILATIONS = (4, 8, 16)
@@ -154,7 +155,7 @@ class ScaleReasoning(nn.Module):
         for _ in range(self.rounds): nodes = nodes + self.gamma * self.gru(self.messages(nodes), nodes)
         return nodes
 
-# %% ../nbs/01_network/04_graph.ipynb #d676b1e7
+# %% ../nbs/01_network/04_graph.ipynb #a571c0d4
 def _merge(dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3 * dim, dim, 3, padding=1, bias=False), nn.BatchNorm2d(dim), nn.ReLU())
 
@@ -179,9 +180,14 @@ class GraphReasoning(nn.Module):
         vis: Tensor,  # B×C×H×W, shallow visible features
     ) -> tuple[Tensor, Tensor]:  # graph features of `ir` and `vis`, B×C×H×W each, ≥ 0
         "Graph features of each modality."
-        ir, vis = self.exchange(ir=self.embed_ir(ir), vis=self.embed_vis(vis))
-        merged = lambda merge, nodes: merge(torch.cat(nodes.chunk(3), 1))
-        return merged(self.merge_ir, self.reason_ir(ir)), merged(self.merge_vis, self.reason_vis(vis))
+        parameters = [p for part in (self.exchange, self.reason_ir, self.reason_vis) for p in part.parameters()]
+        ir, vis = pixelwise(self._reason, self.embed_ir(ir), self.embed_vis(vis), parameters=parameters)
+        return self.merge_ir(ir), self.merge_vis(vis)
+
+    def _reason(self, ir: Tensor, vis: Tensor) -> tuple[Tensor, ...]:
+        "Exchange and reason, pixel by pixel; then each modality's three nodes side by side, B×3C×H×W."
+        ir, vis = self.exchange(ir=ir, vis=vis)
+        return tuple(torch.cat(nodes.chunk(3), 1) for nodes in (self.reason_ir(ir), self.reason_vis(vis)))
 
 # %% ../nbs/01_network/04_graph.ipynb #0227f03e
 @patch

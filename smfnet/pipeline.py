@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'Parameter', 'notebook_parameters', 'check_parameters', 'NotebookFailure', 'run_notebook', 'Stage',
            'project_root', 'read_profiles', 'load_plan', 'stage_code', 'stage_key', 'is_current', 'run_stage',
-           'drop_stale', 'reproduce', 'main']
+           'keep_results', 'write_plan_report', 'drop_stale', 'reproduce', 'main']
 
-# %% ../nbs/08_app/01_pipeline.ipynb #88a26901
+# %% ../nbs/08_app/01_pipeline.ipynb #e77ac911
 import argparse
 import ast
 import contextlib
@@ -27,7 +27,8 @@ from pathlib import Path
 
 import smfnet
 from .checks import InputError
-from .provenance import provenance, sha256, write_json
+from .provenance import atomic_path, provenance, sha256, write_json
+from .report import StageRecord, write_report
 
 # %% ../nbs/08_app/01_pipeline.ipynb #5cc99bf6
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def run_notebook(
         write_json(folder / "provenance.json", record | {"seconds": round(time.monotonic() - started, 1)})
         return executed.absolute()
 
-# %% ../nbs/08_app/01_pipeline.ipynb #63d8177a
+# %% ../nbs/08_app/01_pipeline.ipynb #56ae549e
 @dataclass(frozen=True)
 class Stage:
     "One stage of a plan; paths are relative to the top of the repository."
@@ -189,6 +190,8 @@ class Stage:
     inputs: tuple[str, ...]  # further files and folders that it reads
     outputs: tuple[str, ...]  # files and folders that it makes
     params: dict  # values for the notebook
+    threads: int = 0  # processors that it keeps busy; 0: all
+    keep: tuple[str, ...] = ()  # small outputs that `keep_results` copies into the repository
 
     @property
     def manifest(self) -> str:
@@ -217,7 +220,7 @@ def project_root(
         if (folder / EXPERIMENTS / "profiles.yaml").is_file(): return folder
     raise InputError(f"{start}: {EXPERIMENTS}/profiles.yaml is neither here nor above; run this in a clone of the repository")
 
-# %% ../nbs/08_app/01_pipeline.ipynb #27a6bdac
+# %% ../nbs/08_app/01_pipeline.ipynb #83888880
 def _keys(what: str, found: Mapping | None, allowed: set[str]) -> Mapping:
     if not isinstance(found := found or {}, Mapping): raise InputError(f"profiles.yaml: {what} must be a mapping")
     if extra := set(found) - allowed:
@@ -236,27 +239,29 @@ def read_profiles(
     if len(table) < 2: raise InputError(f"{path}: needs both 'stages' and 'profiles'")
     names = set(table["stages"])
     for name, stage in table["stages"].items():
-        if "notebook" not in _keys(name, stage, {"notebook", "after", "inputs", "outputs", "params"}):
+        if "notebook" not in _keys(name, stage, {"notebook", "after", "inputs", "outputs", "params", "each", "threads", "keep"}):
             raise InputError(f"{path}: stage {name} names no notebook")
     for name, profile in table["profiles"].items():
-        for what in (_keys(name, profile, {"params", "with_data"}), _keys(name, (profile or {}).get("with_data"), {"needs", "params"})):
+        for what in (_keys(name, profile, {"stages", "needs_data", "params", "with_data"}), _keys(name, (profile or {}).get("with_data"), {"needs", "find", "params"})):
             _keys(f"{name}: params", what.get("params"), names)
+        _keys(f"{name}: stages", dict.fromkeys((profile or {}).get("stages") or ()), names)
     return table
 
-# %% ../nbs/08_app/01_pipeline.ipynb #9dd73f0d
+# %% ../nbs/08_app/01_pipeline.ipynb #9025e6ce
 def _fill(value, words: Mapping[str, str], stage: str):
     if isinstance(value, list | tuple): return [_fill(v, words, stage) for v in value]
     if isinstance(value, Mapping): return {k: _fill(v, words, stage) for k, v in value.items()}
     if not isinstance(value, str): return value
+    if (word := value[1:-1]) in words and value == f"{{{word}}}": return words[word]  # keeps its type
     try: return value.format_map(words)
     except (KeyError, ValueError, IndexError, AttributeError) as e:
         raise InputError(f"profiles.yaml: {stage}: '{value}' cannot be filled in ({e}); it may use {', '.join(words)}") from e
 
-def _earlier(after: Iterable[str], stages: Mapping[str, Stage], stage: str) -> dict[str, str]:
-    "Folders of the stages that must be complete, by name."
-    for name in after:
-        if name not in stages: raise InputError(f"profiles.yaml: {stage} comes after '{name}', which is not declared above it")
-    return {name: stages[name].folder for name in after}
+def _each(name: str, declared: Mapping) -> dict[str, dict]:
+    "The stages that a declaration stands for: name -> further placeholders."
+    each = _keys(name, declared.get("each"), set(declared.get("each") or ()))
+    if len(each) > 1: raise InputError(f"profiles.yaml: {name}: 'each' takes one name with a list of values")
+    return {f"{name}-{value}": {word: value} for word, values in each.items() for value in values} or {name: {}}
 
 def _own(path: str, stage: str, profile: str) -> str:
     inside = os.path.normpath(path).split(os.sep)
@@ -264,13 +269,21 @@ def _own(path: str, stage: str, profile: str) -> str:
         raise InputError(f"profiles.yaml: {stage}: output '{path}' is outside {{out}} and {{figures}}")
     return "/".join(inside)
 
-# %% ../nbs/08_app/01_pipeline.ipynb #a476fddf
-def _data_folder(root: Path, data: str | Path | None, needs: Iterable[str]) -> str:
-    if not data: return ""
+# %% ../nbs/08_app/01_pipeline.ipynb #b15a6b25
+def _data_words(root: Path, data: str | Path | None, profile: Mapping) -> dict[str, object]:
+    "Placeholders `{data}` and those of `find`; an `InputError` when a folder that must be there is not."
+    wanted = profile.get("with_data") or {}
+    needs, find = wanted.get("needs") or (), wanted.get("find") or {}
+    if not data:
+        if profile.get("needs_data"): raise InputError("this profile measures real data: name their folder, DATA=DIR (smfnet data list says how to get them)")
+        return {"data": ""}
     for name in ("", *needs):
         if not (folder := Path(data) / name).is_dir():
-            raise InputError(f"{folder}: is not a folder; DATA must name a folder that has {', '.join(needs) or 'the data'}")
-    return Path(os.path.relpath(Path(data).absolute(), Path(root).absolute())).as_posix()
+            raise InputError(f"{folder}: is not a folder; DATA must name a folder that has {', '.join(needs) or 'the data'}; smfnet data list says how to get them")
+    found = {word: [name for name, folder in names.items() if (Path(data) / folder).is_dir()] for word, names in find.items()}
+    if find and not any(found.values()):
+        raise InputError(f"{data}: has none of {', '.join(dict.fromkeys(f for names in find.values() for f in names.values()))}; smfnet data list says how to get them")
+    return {"data": Path(os.path.relpath(Path(data).absolute(), Path(root).absolute())).as_posix(), **found}
 
 def _stage_params(table: Mapping, profile: Mapping, stage: str, overrides: Mapping, data: str) -> dict:
     layers = [table["stages"][stage], profile.get("params") or {}, (profile.get("with_data") or {}).get("params") or {}]
@@ -278,7 +291,28 @@ def _stage_params(table: Mapping, profile: Mapping, stage: str, overrides: Mappi
     if data: merged |= layers[2].get(stage) or {}
     return merged | {key.partition(".")[2]: v for key, v in overrides.items() if key.partition(".")[0] == stage}
 
-# %% ../nbs/08_app/01_pipeline.ipynb #854ce8ed
+# %% ../nbs/08_app/01_pipeline.ipynb #ff9fc015
+def _kept(values: Iterable) -> list[str]:
+    "Paths under results/ among values and lists of values."
+    flat = [v for value in values for v in (value if isinstance(value, list) else [value])]
+    return [v for v in flat if isinstance(v, str) and v.startswith("results/")]
+
+def _stage(name: str, declared: Mapping, groups: Mapping[str, list[str]], words: Mapping, params: Mapping, root: Path) -> Stage:
+    "One stage with everything filled in; `groups` are the stages that stand above it, by declared name."
+    runs, after = f"runs/{words['profile']}", [a for a in declared.get("after") or ()]
+    for a in after:
+        if a not in groups: raise InputError(f"profiles.yaml: {name} comes after '{a}', which is not declared above it")
+    folders = {a: f"{runs}/{a}" if groups[a] == [a] else f"{runs}/{a}-*" for a in after if groups[a]}
+    words = {**words, "out": f"{runs}/{name}", **folders}
+    filled = {key: _fill(declared.get(key) or (), words, name) for key in ("inputs", "outputs", "keep")}
+    given = [i for raw, i in zip(declared.get("inputs") or (), filled["inputs"]) if "{data}" not in raw or (words["data"] and (root / i).exists())]
+    params = _fill(params, words, name)
+    return Stage(
+        name=name, notebook=f"{EXPERIMENTS}/{declared['notebook']}", folder=words["out"], after=tuple(n for a in after for n in groups[a]),
+        inputs=(*given, *_kept(params.values())), outputs=tuple(_own(o, name, words["profile"]) for o in filled["outputs"]), params=params,
+        threads=declared.get("threads") or 0, keep=tuple(filled["keep"]))
+
+# %% ../nbs/08_app/01_pipeline.ipynb #023a4a4d
 def load_plan(
     root: str | Path | None = None,  # top of the repository; found from the current folder if None
     *,
@@ -287,22 +321,18 @@ def load_plan(
     overrides: Mapping | None = None,  # "stage.parameter" -> value
 ) -> dict[str, Stage]:  # by name, in the order of declaration
     "The stages of a profile with everything filled in; `InputError` when the declaration is inconsistent."
-    root, overrides, stages = Path(root or project_root()), overrides or {}, {}
+    root, overrides, plan, groups = Path(root or project_root()), overrides or {}, {}, {}
     table = read_profiles(root)
     if profile not in table["profiles"]: raise InputError(f"no profile '{profile}'; there are {', '.join(table['profiles'])}")
     chosen = table["profiles"][profile] or {}
-    data = _data_folder(root, data, (chosen.get("with_data") or {}).get("needs") or ())
+    words = {"figures": f"figures/{profile}", "profile": profile, **_data_words(root, data, chosen)}
     for key in overrides:
         if key.partition(".")[0] not in table["stages"]: raise InputError(f"'{key}' sets no stage; there are {', '.join(table['stages'])}")
-    for name, declared in table["stages"].items():
-        after, folder = tuple(declared.get("after") or ()), f"runs/{profile}/{name}"
-        words = {"out": folder, "figures": f"figures/{profile}", "data": data, "profile": profile, **_earlier(after, stages, name)}
-        inputs = [i for i in declared.get("inputs") or () if data or "{data}" not in i]
-        stages[name] = Stage(
-            name=name, notebook=f"{EXPERIMENTS}/{declared['notebook']}", folder=folder, after=after, inputs=tuple(_fill(inputs, words, name)),
-            outputs=tuple(_own(o, name, profile) for o in _fill(declared.get("outputs") or (), words, name)),
-            params=_fill(_stage_params(table, chosen, name, overrides, data), words, name))
-    return stages
+    for base, declared in table["stages"].items():
+        groups[base] = list(_each(base, declared)) if base in (chosen.get("stages") or table["stages"]) else []
+        for name, own in _each(base, declared).items() if groups[base] else ():
+            plan[name] = _stage(name, declared, groups, words | own, _stage_params(table, chosen, base, overrides, words["data"]), root)
+    return plan
 
 # %% ../nbs/08_app/01_pipeline.ipynb #153f47ec
 def _imports(source: str, package: str) -> set[str]:
@@ -402,6 +432,41 @@ def run_stage(
     write_json(root / stage.manifest, {"key": key, "results": results})
     return executed
 
+# %% ../nbs/08_app/01_pipeline.ipynb #aecf32f1
+def keep_results(
+    plan: Mapping[str, Stage],  # from `load_plan`
+    root: str | Path,  # top of the repository
+    *,
+    profile: str,  # names the folder below results/
+) -> list[Path]:  # files written
+    "Copy the outputs that stages `keep`, with their provenance, to `results/<profile>/`; `InputError` for a stage out of date."
+    root, written = Path(root), []
+    for stage in (s for s in plan.values() if s.keep):
+        if not is_current(stage, plan, root): raise InputError(f"{stage.folder}: results are missing or out of date; run: make reproduce PROFILE={profile}")
+        for source in (*stage.keep, f"{stage.folder}/provenance.json"):
+            target = root / "results" / profile / stage.name / Path(source).name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(target) as part: shutil.copyfile(root / source, part)
+            written.append(target.relative_to(root))
+    return written
+
+# %% ../nbs/08_app/01_pipeline.ipynb #9e15ebbf
+def _state(stage: Stage, plan: Mapping[str, Stage], root: Path) -> str:
+    if is_current(stage, plan, root): return "done"
+    if (root / stage.manifest).is_file(): return "stale"
+    return "failed" if (root / stage.executed).is_file() else "missing"
+
+def write_plan_report(
+    plan: Mapping[str, Stage],  # from `load_plan`
+    root: str | Path,  # top of the repository
+    *,
+    profile: str,  # of the plan
+) -> Path:  # runs/<profile>/report.html
+    "Write the report of a profile from whatever its stages have left."
+    root = Path(root)
+    records = [StageRecord(s.name, str(root / s.notebook), root / s.folder, _state(s, plan, root), tuple(root / o for o in s.outputs), s.after) for s in plan.values()]
+    return write_report(records, root / "runs" / profile / "report.html", title=f"Reproduction, profile {profile}")
+
 # %% ../nbs/08_app/01_pipeline.ipynb #07dd5536
 def drop_stale(
     plan: Mapping[str, Stage],  # from `load_plan`
@@ -412,7 +477,7 @@ def drop_stale(
     for stage in stale: (root / stage.token).unlink(missing_ok=True)
     return [s.name for s in stale]
 
-# %% ../nbs/08_app/01_pipeline.ipynb #1048bfbc
+# %% ../nbs/08_app/01_pipeline.ipynb #7bb437d7
 def _snakemake(root: Path, settings: Mapping, cores: str, extra: Iterable[str]) -> list[str]:
     config = root / ".snakemake" / f"settings-{settings['profile']}.json"  # a file keeps the types of the values
     write_json(config, settings)
@@ -423,10 +488,10 @@ def _snakemake(root: Path, settings: Mapping, cores: str, extra: Iterable[str]) 
         "--configfile", str(config), *extra]
 
 def _summary(root: Path, plan: Mapping[str, Stage], profile: str) -> str:
-    lines = [f"  {s.name:<14} {'done' if is_current(s, plan, root) else 'NOT DONE'}  {s.folder}" for s in plan.values()]
-    return "\n".join([*lines, f"Look at runs/{profile}/ (executed notebooks, results) and figures/{profile}/ (pictures)."])
+    lines = [f"  {s.name:<{max(map(len, plan))}} {'done' if is_current(s, plan, root) else 'NOT DONE'}  {s.folder}" for s in plan.values()]
+    return "\n".join([*lines, f"Look at runs/{profile}/report.html; executed notebooks are in runs/{profile}/, pictures in figures/{profile}/."])
 
-# %% ../nbs/08_app/01_pipeline.ipynb #e694bd72
+# %% ../nbs/08_app/01_pipeline.ipynb #c42ce4a4
 def reproduce(
     root: str | Path | None = None,  # top of the repository; found from the current folder if None
     *,
@@ -447,10 +512,11 @@ def reproduce(
     command = _snakemake(root, settings, cores, [*(["--dry-run"] if dry_run else []), *extra])
     status = subprocess.run(command, cwd=root, stdin=subprocess.DEVNULL).returncode
     if dry_run: return status
+    write_plan_report(plan, root, profile=profile)
     print(_summary(root, plan, profile), flush=True)
     return status or int(not all(is_current(s, plan, root) for s in plan.values()))
 
-# %% ../nbs/08_app/01_pipeline.ipynb #0422a3ff
+# %% ../nbs/08_app/01_pipeline.ipynb #53681f50
 def _overrides(texts: Iterable[str]) -> dict:
     import yaml
 
@@ -476,9 +542,11 @@ def _parser() -> argparse.ArgumentParser:
     single.add_argument("stage")
     single.add_argument("--if-needed", action="store_true", help="leave it alone when it is current")
     commands.add_parser("show", parents=[common], help="the stages, and how to run each by papermill alone")
+    commands.add_parser("report", parents=[common], help="write runs/PROFILE/report.html from what is there")
+    commands.add_parser("keep", parents=[common], help="copy the small results that the repository keeps to results/PROFILE/")
     return parser
 
-# %% ../nbs/08_app/01_pipeline.ipynb #dc5686a1
+# %% ../nbs/08_app/01_pipeline.ipynb #e1c63920
 def _show(plan: Mapping[str, Stage], root: Path) -> None:
     for stage in plan.values():
         state = "done" if is_current(stage, plan, root) else "to do"
@@ -488,7 +556,7 @@ def _show(plan: Mapping[str, Stage], root: Path) -> None:
 def main(
     argv: list[str] | None = None,  # arguments; those of the process if None
 ) -> int:  # exit status: 0 success, 1 a notebook failed, 2 bad input
-    "Command line of the pipeline: `reproduce`, `run` and `show`."
+    "Command line of the pipeline: `reproduce`, `run`, `show`, `report` and `keep`."
     args = _parser().parse_args(argv)
     try:
         root, overrides = project_root(), _overrides(args.settings)
@@ -496,6 +564,8 @@ def main(
             return reproduce(root, profile=args.profile, data=args.data, overrides=overrides, cores=args.cores, dry_run=args.dry_run, extra=args.snakemake)
         plan = load_plan(root, profile=args.profile, data=args.data, overrides=overrides)
         if args.command == "show": _show(plan, root)
+        elif args.command == "report": print(write_plan_report(plan, root, profile=args.profile))
+        elif args.command == "keep": print("\n".join(map(str, keep_results(plan, root, profile=args.profile))))
         else: print(f"{args.stage}: done, see {run_stage(args.stage, plan, root, if_needed=args.if_needed)}")
     except (InputError, NotebookFailure) as e:
         print(f"error: {e}", file=sys.stderr)

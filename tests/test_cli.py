@@ -57,11 +57,11 @@ def test_options_reach_the_fusion(place, monkeypatch):
         seen.update(options)
         return fusion.FusionReport(Path("out"))
     monkeypatch.setattr(fusion, "fuse_folder", record)
-    assert main(f"{FUSE} --range -3.5 40 --stretch --skip-existing".split()) == 0
+    assert main(f"{FUSE} --range -3.5 40 --stretch --max-memory 2GB --skip-existing".split()) == 0
     assert seen == {"ir": "ir", "vis": "vi", "out": "out", "model": "w.safetensors", "device": "cpu", "range": [-3.5, 40.0],
-                    "stretch": True, "skip_existing": True}
+                    "stretch": True, "max_memory": 2 * 10 ** 9, "skip_existing": True}
     assert main("fuse --ir ir --vis vi --out out".split()) == 0
-    assert seen["model"] == "tiny" and seen["stretch"] is False and seen["range"] is None and seen["device"] == "auto"
+    assert seen["model"] == "tiny" and seen["stretch"] is False and seen["range"] is None and seen["device"] == "auto" and seen["max_memory"] is None
 
 
 def test_skipping_what_is_there(place, capsys):
@@ -140,7 +140,7 @@ def test_defects_are_not_hidden(place, monkeypatch):
     with pytest.raises(ZeroDivisionError): main(FUSE.split())
 
 
-@pytest.mark.parametrize("line", ["", "fuse", "fuse --ir a --vis b", f"{FUSE} --threads 0", f"{FUSE} --range 3", f"{FUSE} --device tpu", "paint"])
+@pytest.mark.parametrize("line", ["", "fuse", "fuse --ir a --vis b", f"{FUSE} --threads 0", f"{FUSE} --max-memory lots", f"{FUSE} --range 3", f"{FUSE} --device tpu", "paint"])
 def test_wrong_usage_is_explained(line, capsys):
     with pytest.raises(SystemExit) as e: main(line.split())
     assert e.value.code == 2 and "usage: smfnet" in capsys.readouterr().err

@@ -226,8 +226,8 @@ def test_profiles_fit_the_notebooks():
     """Every stage of every profile has its notebook, and passes it parameters that it has, of the right types."""
     from smfnet.pipeline import check_parameters, load_plan, read_profiles
 
-    for profile in read_profiles(ROOT)["profiles"]:
-        for stage in load_plan(ROOT, profile=profile).values():
+    for profile, declared in read_profiles(ROOT)["profiles"].items():
+        for stage in () if declared.get("needs_data") else load_plan(ROOT, profile=profile).values():
             check_parameters(ROOT / stage.notebook, stage.params)
 
 
@@ -236,8 +236,9 @@ def test_profiles_with_data_fit_the_notebooks(tmp_path):
     from smfnet.pipeline import check_parameters, load_plan, read_profiles
 
     for profile, declared in read_profiles(ROOT)["profiles"].items():
-        for name in ((declared or {}).get("with_data") or {}).get("needs") or ():
-            (tmp_path / name).mkdir(exist_ok=True)
+        wanted = (declared or {}).get("with_data") or {}
+        for name in (*(wanted.get("needs") or ()), *(f for names in (wanted.get("find") or {}).values() for f in names.values())):
+            (tmp_path / name).mkdir(exist_ok=True, parents=True)
         for stage in load_plan(ROOT, profile=profile, data=tmp_path).values():
             check_parameters(ROOT / stage.notebook, stage.params)
 

@@ -63,14 +63,14 @@ def decomposition_stage1(
 
 # %% ../../nbs/02_losses/04_decomposition.ipynb #d9da2223
 def decomposition_stage2(
-    features: dict,  # ir_base, vis_base, ir_detail, vis_detail, graph_ir, graph_vis: B×C×H×W
+    features: dict,  # ir_base, vis_base, ir_detail, vis_detail (and graph_ir, graph_vis unless graph_weight is 0): B×C×H×W
     *,
     variant: str = "paper",  # "released": one correlation over the batch, no gradient, detail counted twice
     delta: float = 1.01,  # keeps the denominator positive
     graph_weight: float = 1.0,  # of the second term of the numerator; 1 is eq 27, 0 drops it
 ) -> tuple[Tensor, dict[str, Tensor]]:  # scalar loss; batch means of the correlations, detached
     "Decomposition loss of stage II, eq 27."
-    parts = _correlations(features, variant, graph=True)
-    second = parts["cc_graph" if variant == "paper" else "cc_detail"]
-    loss = _ratio(parts["cc_base"], parts["cc_detail"], graph_weight * second.square(), delta)
+    parts = _correlations(features, variant, graph_weight > 0 or "graph_ir" in features)
+    interact = graph_weight * parts["cc_graph" if variant == "paper" else "cc_detail"].square() if graph_weight else 0.0
+    loss = _ratio(parts["cc_base"], parts["cc_detail"], interact, delta)
     return loss, {k: v.detach().mean() for k, v in parts.items()}
