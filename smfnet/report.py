@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from .checks import InputError
 from .provenance import atomic_path, environment, git_revision
 
-# %% ../nbs/07_report/07_report.ipynb #1b428576
+# %% ../nbs/07_report/07_report.ipynb #ffb5599e
 @dataclass(frozen=True)
 class StageRecord:
     "A stage as the report sees it."
@@ -32,8 +32,9 @@ class StageRecord:
     after: tuple[str, ...] = ()  # stages that it waited for
 
 def _files(record: StageRecord, *suffixes: str) -> list[Path]:
-    "Outputs of these kinds, sorted; each once."
-    found = [f for o in record.outputs for f in (sorted(o.rglob("*")) if o.is_dir() else [o])]
+    "Outputs of these kinds, sorted; each once. A folder inside the stage's own holds images to work on, not to show."
+    shown = [o for o in record.outputs if not (o.is_dir() and o.is_relative_to(record.folder))]
+    found = [f for o in shown for f in (sorted(o.rglob("*")) if o.is_dir() else [o])]
     return [f for f in dict.fromkeys(found) if f.is_file() and f.suffix in suffixes]
 
 def _read_json(path: Path) -> dict:
