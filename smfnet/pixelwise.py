@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# %% ../nbs/00_core/04_pixelwise.ipynb #d0a70abd
-STRIP_BYTES = 3 << 20  # of all arguments together in one strip; the best of 1, 2, 3, 6 and 12 MB on the machines tried
+# %% ../nbs/00_core/04_pixelwise.ipynb #e5a1a6c6
+STRIP_BYTES = 3 << 20  # of all arguments together in one strip
 
 def _strip(x: Tensor, first: int, rows: int) -> Tensor:
     return x[:, :, first:first + rows].contiguous(memory_format=torch.channels_last)
