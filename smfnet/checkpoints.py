@@ -83,7 +83,7 @@ def flatten_optimiser(
 ) -> tuple[dict[str, Tensor], list[dict]]:  # flat tensors; parameter groups in JSON's terms
     "Take an optimiser's state apart into named tensors and plain settings."
     state = optimiser.state_dict()
-    flat = {f"optimiser.{i}.{k}": torch.as_tensor(v) for i, entries in state["state"].items() for k, v in entries.items()}
+    flat = {f"optimiser.{i}.{k}": torch.as_tensor(v) for i, entries in state["state"].items() for k, v in entries.items() if v is not None}
     return flat, json.loads(json.dumps(state["param_groups"]))
 
 def restore_optimiser(

@@ -206,7 +206,7 @@ class Team:
         from accelerate.utils import gather_object
         return len(set(gather_object([value]))) == 1
 
-# %% ../nbs/04_training/02_training.ipynb #7b38bf2a
+# %% ../nbs/04_training/02_training.ipynb #51c2b2b5
 class Trainer:
     "Two-stage training of one network in one folder, stoppable and resumable at any moment."
     def __init__(
@@ -233,7 +233,7 @@ class Trainer:
         self.validate, self.validate_every = validate, validate_every
         if r.channels_last: model.to(memory_format=torch.channels_last)
         self.call = torch.compile(model) if r.compile else model
-        self.optimiser, self.progress = make_optimiser(model, r), Progress(stage=self.stages[0])
+        self.optimiser, self.progress = self.new_optimiser(), Progress(stage=self.stages[0])
         self.identity = _identity(self, sync_batchnorm)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log, self.on_record = self.folder / "log.jsonl", None
@@ -242,6 +242,33 @@ class Trainer:
     def batches(self) -> int:  # batches in an epoch
         "Optimiser steps times `accumulate` in one epoch; an incomplete rest is dropped."
         return len(self.data) // self.recipe.batch // self.recipe.accumulate * self.recipe.accumulate
+
+# %% ../nbs/04_training/02_training.ipynb #ea99d9e3
+@patch
+def new_optimiser(self: Trainer) -> torch.optim.Optimizer:
+    "The optimiser of a new run."
+    return make_optimiser(self.model, self.recipe)
+
+@patch
+def loss(
+    self: Trainer,
+    batch: dict[str, Tensor],  # on the device
+) -> tuple[Tensor, dict[str, Tensor]]:  # total and detached terms
+    "Forward pass and loss of one batch in the present stage."
+    return batch_loss(self.call, batch, self.recipe, self.progress.stage)
+
+@patch
+def clip(self: Trainer) -> dict[str, Tensor]:  # norm of each part before clipping
+    "Clip the gradients that a step has gathered."
+    return clip_gradients(self.model, self.recipe.clip)
+
+@patch
+def set_rates(self: Trainer) -> None:
+    "Give every parameter group the learning rate of the present step."
+    p, r = self.progress, self.recipe
+    for group in self.optimiser.param_groups:
+        age = p.epoch + (r.epochs[0] if p.stage == 2 and group["name"] not in FUSION else 0)
+        group["lr"] = learning_rate(r, age)
 
 # %% ../nbs/04_training/02_training.ipynb #d937622e
 def _check_run(team: Team, device: str, r: Recipe, data: PatchSet, stages: tuple[int, ...], sync_batchnorm: bool) -> None:
@@ -346,7 +373,7 @@ def _set_aside(self, names: list[str]) -> bool:
         path.rename(self.folder / f"old-{number}" / path.name)
     return False
 
-# %% ../nbs/04_training/02_training.ipynb #1098efd3
+# %% ../nbs/04_training/02_training.ipynb #c44462c2
 @patch
 def record(self: Trainer, **values) -> None:
     "Append one line to the log, and tell whoever listens."
@@ -366,7 +393,7 @@ def _backward(self, batches: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor]
     "Gradients of the mean loss, with values for the log; stops at a loss that is not finite."
     values: dict[str, Tensor] = {}
     for batch in batches:
-        total, terms = batch_loss(self.call, batch, self.recipe, self.progress.stage)
+        total, terms = self.loss(batch)
         now = {"loss": total.detach(), **{f"term.{k}": v for k, v in terms.items()}}
         if not math.isfinite(total.item()):
             bad = ", ".join(k[5:] for k, v in now.items() if k != "loss" and not math.isfinite(v.item())) or "total"
@@ -385,24 +412,22 @@ def _average(self, values: dict[str, Tensor], failed: bool) -> tuple[dict[str, T
     for t, mean in zip(parts, means): t.copy_(mean.view_as(t))
     return dict(zip(values, report)), report[-1].item() > 0
 
-# %% ../nbs/04_training/02_training.ipynb #e38317f2
+# %% ../nbs/04_training/02_training.ipynb #e7614de4
 @patch
 def train_step(self: Trainer, batches: list[dict[str, Tensor]]) -> dict[str, float]:  # total, terms, norms
     "One optimiser step on `accumulate` batches, or in a team on this process's shares of them."
-    p, r = self.progress, self.recipe
+    p = self.progress
     self.optimiser.zero_grad(set_to_none=True)
-    batches = [{k: v.to(self.device, self.dtype) for k, v in batch.items()} for batch in batches]
+    batches = [{k: v.to(self.device, self.dtype if v.is_floating_point() else None) for k, v in batch.items()} for batch in batches]
     values, error = _backward(self, batches)
     if self.team.size > 1:
         values, failed = _average(self, values, error is not None)
         if failed and not error: error = TrainingError(f"another process stopped at stage {p.stage}, step {p.step}: its loss is not finite")
     if error: raise error
-    norms = {k: v.item() for k, v in clip_gradients(self.model, r.clip).items()}
+    norms = {k: v.item() for k, v in self.clip().items()}
     if bad := [k for k, v in norms.items() if not math.isfinite(v)]:
         raise _evidence(self, {k: torch.cat([b[k] for b in batches]) for k in batches[0]}, f"gradient of {', '.join(bad)} is not finite")
-    for group in self.optimiser.param_groups:
-        age = p.epoch + (r.epochs[0] if p.stage == 2 and group["name"] not in FUSION else 0)
-        group["lr"] = learning_rate(r, age)
+    self.set_rates()
     self.optimiser.step()
     return {**{k: v.item() for k, v in values.items()}, **{f"norm.{k}": v for k, v in norms.items()}}
 
