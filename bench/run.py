@@ -92,6 +92,8 @@ def fuse_cell(name: str, size: str, repeats: int) -> dict:
 
 def train_cell(name: str, size: str, repeats: int) -> dict:
     "Images a second of a stage II training step (forward, loss, backward, clipping, Adam), batch 2."
+    import torch
+
     from bench.literal import LiteralTrainer
     from smfnet.losses.stages import stage2_loss
     from smfnet.training import clip_gradients, make_optimiser, recipe
@@ -102,7 +104,8 @@ def train_cell(name: str, size: str, repeats: int) -> dict:
         trainer = LiteralTrainer(model, 2)
         step = lambda: trainer.step(pair["vis"], pair["ir"], loss)
     else:
-        r = recipe("paper")
+        r = recipe("paper", channels_last=True)
+        model.to(memory_format=torch.channels_last)
         optimiser = make_optimiser(model, r)
 
         def step():

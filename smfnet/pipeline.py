@@ -432,21 +432,26 @@ def run_stage(
     write_json(root / stage.manifest, {"key": key, "results": results})
     return executed
 
-# %% ../nbs/09_app/01_pipeline.ipynb #aecf32f1
+# %% ../nbs/09_app/01_pipeline.ipynb #f5ba7a96
 def keep_results(
     plan: Mapping[str, Stage],  # from `load_plan`
     root: str | Path,  # top of the repository
     *,
     profile: str,  # names the folder below results/
-) -> list[Path]:  # files written
+) -> list[Path]:  # files and folders written
     "Copy the outputs that stages `keep`, with their provenance, to `results/<profile>/`; `InputError` for a stage out of date."
     root, written = Path(root), []
+    def copy(source: Path, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir(): shutil.rmtree(target)
+        if source.is_dir(): shutil.copytree(source, target); return
+        with atomic_path(target) as part: shutil.copyfile(source, part)
+
     for stage in (s for s in plan.values() if s.keep):
         if not is_current(stage, plan, root): raise InputError(f"{stage.folder}: results are missing or out of date; run: make reproduce PROFILE={profile}")
         for source in (*stage.keep, f"{stage.folder}/provenance.json"):
             target = root / "results" / profile / stage.name / Path(source).name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(target) as part: shutil.copyfile(root / source, part)
+            copy(root / source, target)
             written.append(target.relative_to(root))
     return written
 

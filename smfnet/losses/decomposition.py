@@ -5,18 +5,24 @@
 # %% auto #0
 __all__ = ['cc', 'decomposition_stage1', 'decomposition_stage2']
 
-# %% ../../nbs/02_losses/04_decomposition.ipynb #37e73822
+# %% ../../nbs/02_losses/04_decomposition.ipynb #2759048e
+import math
+
 import torch
 from torch import Tensor
 
 from ..checks import InputError
 from .reconstruction import check_choice, check_same
 
-# %% ../../nbs/02_losses/04_decomposition.ipynb #8370edcb
+# %% ../../nbs/02_losses/04_decomposition.ipynb #5852e7ef
+def _mean(x: Tensor, dims: tuple[int, ...], keepdim: bool = False) -> Tensor:
+    "Mean over some dimensions; the gradient takes the memory layout of x."
+    return x.sum(dims, keepdim=keepdim) / math.prod(x.shape[d] for d in dims)
+
 def _correlate(x: Tensor, y: Tensor, dims: tuple[int, ...], eps: float = 1e-12) -> Tensor:
-    x, y = x - x.mean(dims, keepdim=True), y - y.mean(dims, keepdim=True)
-    vx, vy = x.square().mean(dims), y.square().mean(dims)
-    return (x * y).mean(dims) / ((vx + eps).sqrt() * (vy + eps).sqrt())
+    x, y = x - _mean(x, dims, True), y - _mean(y, dims, True)
+    vx, vy = _mean(x.square(), dims), _mean(y.square(), dims)
+    return _mean(x * y, dims) / ((vx + eps).sqrt() * (vy + eps).sqrt())
 
 def cc(
     x: Tensor,  # B×C×H×W
@@ -61,7 +67,7 @@ def decomposition_stage1(
     loss = _ratio(parts["cc_base"], parts["cc_detail"], interact, delta)
     return loss, {k: v.detach().mean() for k, v in parts.items()}
 
-# %% ../../nbs/02_losses/04_decomposition.ipynb #d9da2223
+# %% ../../nbs/02_losses/04_decomposition.ipynb #7d26e08e
 def decomposition_stage2(
     features: dict,  # ir_base, vis_base, ir_detail, vis_detail (and graph_ir, graph_vis unless graph_weight is 0): B×C×H×W
     *,
