@@ -22,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-from bench.run import _gflop, _models, _pair, _print_row, peak_bytes, train_cell
+from bench.run import _gflop, _models, _pair, _print_row, cell_environment, peak_bytes, train_cell
 
 SIZES = ("128x128", "320x240", "640x480", "1280x960", "1920x1080", "2560x1440", "3840x2160")  # width x height
 IMPLEMENTATIONS = ("literal", "network", "prepared", "streamed", "onnx")
@@ -133,7 +133,7 @@ def _run_cell(kind: str, name: str, size: str, args) -> dict:
     "One cell in a fresh process under the memory limit."
     command = [sys.executable, "-m", "bench.inference", "--cell", kind, name, size, "--repeats", str(args.repeats), "--threads", str(args.threads)]
     limit = {} if sys.platform != "linux" else {"preexec_fn": _limit(args.limit)}
-    done = subprocess.run(command, capture_output=True, text=True, **limit)
+    done = subprocess.run(command, capture_output=True, text=True, env=cell_environment(name), **limit)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"

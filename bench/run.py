@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import resource
 import subprocess
@@ -126,10 +127,15 @@ def _result(name: str, size: str) -> Path:
     return Path("runs", "bench", f"{name}-{size}.pt")
 
 
+def cell_environment(name: str) -> dict[str, str]:
+    "Environment of a cell's process: the literal version runs without this package's setting of the C library's allocator."
+    return {**os.environ, **({"SMFNET_KEEP_MEMORY": "0"} if name == "literal" else {})}
+
+
 def _run_cell(kind: str, name: str, size: str, args) -> dict:
     "One cell in a fresh process."
     command = [sys.executable, "-m", "bench.run", "--cell", kind, name, size, "--repeats", str(args.repeats), "--threads", str(args.threads)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=cell_environment(name))
     if done.returncode:
         return {"failed": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])
