@@ -291,11 +291,12 @@ def _stage_params(table: Mapping, profile: Mapping, stage: str, overrides: Mappi
     if data: merged |= layers[2].get(stage) or {}
     return merged | {key.partition(".")[2]: v for key, v in overrides.items() if key.partition(".")[0] == stage}
 
-# %% ../nbs/09_app/01_pipeline.ipynb #ff9fc015
-def _kept(values: Iterable) -> list[str]:
-    "Paths under results/ among values and lists of values."
+# %% ../nbs/09_app/01_pipeline.ipynb #76d2fde3
+def _kept(values: Iterable, root: Path) -> list[str]:
+    "Paths under results/ among values and lists of values; a * stands for all that match."
     flat = [v for value in values for v in (value if isinstance(value, list) else [value])]
-    return [v for v in flat if isinstance(v, str) and v.startswith("results/")]
+    named = [v for v in flat if isinstance(v, str) and v.startswith("results/")]
+    return [path for v in named for path in (sorted(p.relative_to(root).as_posix() for p in root.glob(v)) if "*" in v else [v]) or [v]]
 
 def _stage(name: str, declared: Mapping, groups: Mapping[str, list[str]], words: Mapping, params: Mapping, root: Path) -> Stage:
     "One stage with everything filled in; `groups` are the stages that stand above it, by declared name."
@@ -309,7 +310,7 @@ def _stage(name: str, declared: Mapping, groups: Mapping[str, list[str]], words:
     params = _fill(params, words, name)
     return Stage(
         name=name, notebook=f"{EXPERIMENTS}/{declared['notebook']}", folder=words["out"], after=tuple(n for a in after for n in groups[a]),
-        inputs=(*given, *_kept(params.values())), outputs=tuple(_own(o, name, words["profile"]) for o in filled["outputs"]), params=params,
+        inputs=(*given, *_kept(params.values(), root)), outputs=tuple(_own(o, name, words["profile"]) for o in filled["outputs"]), params=params,
         threads=declared.get("threads") or 0, keep=tuple(filled["keep"]))
 
 # %% ../nbs/09_app/01_pipeline.ipynb #023a4a4d

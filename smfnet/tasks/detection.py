@@ -6,8 +6,9 @@
 __all__ = ['DETECTORS', 'FORMAT', 'DETECTION_RECIPES', 'LIMIT', 'OVERLAP', 'COLUMNS', 'thumbnails', 'likeness', 'scene_groups',
            'only', 'split_scenes', 'check_leaks', 'DetectorConfig', 'detector_config', 'Pyramid', 'FocalSum',
            'Detections', 'Detector', 'zoomed', 'new_detector', 'DetectionRecipe', 'detection_recipe', 'check_boxes',
-           'train_detector', 'Matches', 'match', 'weighted_ap', 'draws', 'with_mean', 'evaluate', 'score_rows',
-           'save_found', 'Found', 'read_found', 'paired', 'open_parts', 'fingerprint', 'conditions', 'summary']
+           'train_detector', 'Matches', 'limited', 'match', 'weighted_ap', 'draws', 'with_mean', 'evaluate',
+           'score_rows', 'save_found', 'Found', 'read_found', 'paired', 'open_inputs', 'open_parts', 'fingerprint',
+           'conditions', 'summary']
 
 # %% ../../nbs/07_tasks/04_detection.ipynb #ba334059
 import hashlib
@@ -144,7 +145,7 @@ class DetectorConfig:
         "Steps between the places of each level."
         return tuple(4 << i for i in range(self.first - 1, len(self.widths)))
 
-# %% ../../nbs/07_tasks/04_detection.ipynb #da6dcba2
+# %% ../../nbs/07_tasks/04_detection.ipynb #fa16389b
 def _check_detector(c) -> None:
     "Raise `InputError` for the first field out of range."
     if len(c.widths) != len(c.depths) or not c.widths: raise InputError(f"widths, depths: {len(c.widths)} and {len(c.depths)} numbers; give one a stage each")
@@ -156,7 +157,7 @@ def _check_detector(c) -> None:
     if not c.classes or len({n.casefold() for n in c.classes}) < len(c.classes): raise InputError("classes: give at least one name, each once")
 
 DETECTORS = {"paper": DetectorConfig(),
-             "tiny": DetectorConfig(stem=24, widths=(24, 48, 96), depths=(1, 2, 2), block="basic", first=1, pyramid=32, heads=1, anchor=2.0, candidates=4)}
+             "tiny": DetectorConfig(stem=16, widths=(16, 32, 64), depths=(1, 1, 1), block="basic", first=1, pyramid=48, heads=1, anchor=2.0, candidates=4)}
 
 def detector_config(
     preset: str = "tiny",  # a key of `DETECTORS`
@@ -355,7 +356,7 @@ def new_detector(
     if backbone: model.initial = _pretrained(model, Path(backbone))
     return model
 
-# %% ../../nbs/07_tasks/04_detection.ipynb #f6acc4ed
+# %% ../../nbs/07_tasks/04_detection.ipynb #9d8d8175
 @dataclass(frozen=True)
 class DetectionRecipe(TaskRecipe):
     "How a detector is trained."
@@ -363,7 +364,7 @@ class DetectionRecipe(TaskRecipe):
 
 DETECTION_RECIPES = {
     "paper": DetectionRecipe(epochs=(100,), lr=1e-2, batch=8, warmup=500, clip=10.0),
-    "demo": DetectionRecipe(epochs=(20,), optimiser="adamw", lr=3e-3, schedule="cosine", warmup=100, clip=10.0, batch=4, zoom=0.7),
+    "demo": DetectionRecipe(epochs=(40,), optimiser="adamw", lr=4e-3, schedule="cosine", warmup=50, clip=10.0, batch=8, zoom=0.7),
 }
 
 def detection_recipe(
@@ -407,7 +408,7 @@ def train_detector(
     if not trainer.progress.done: trainer.fit(minutes=minutes, progress=progress)
     return trainer
 
-# %% ../../nbs/07_tasks/04_detection.ipynb #e619d159
+# %% ../../nbs/07_tasks/04_detection.ipynb #160f242b
 LIMIT = 100  # detections a class and picture that count
 OVERLAP = 0.5  # intersection over union from which a detection counts
 
@@ -427,14 +428,15 @@ def _coco_tables(truths: Sequence[Boxes], found: Sequence[Detections], classes: 
     objects = [{"image_id": i + 1, "category_id": int(k) + 1, "bbox": size(b), "area": size(b)[2] * size(b)[3], "iscrowd": 0} for i, t in enumerate(truths) for b, k in zip(t.boxes, t.labels)]
     for number, item in enumerate(objects): item["id"] = number + 1
     data = {"images": [{"id": i + 1} for i in range(len(truths))], "categories": [{"id": k + 1, "name": str(k)} for k in range(classes)], "annotations": objects}
-    return data, [{"image_id": i + 1, "category_id": int(k) + 1, "bbox": size(b), "score": float(s)} for i, f in enumerate(found) for b, s, k in zip(*_limited(f), strict=True)]
+    return data, [{"image_id": i + 1, "category_id": int(k) + 1, "bbox": size(b), "score": float(s)} for i, f in enumerate(found) for b, s, k in zip(*limited(f), strict=True)]
 
-def _limited(found: Detections) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "The surest detections of each class: boxes, scores, labels."
+def limited(
+    found: Detections,
+) -> Detections:  # surest first
+    "The surest 100 detections of each class."
     order = np.argsort(-found.scores, kind="stable")
-    rank = pd.Series(found.labels[order]).groupby(found.labels[order]).cumcount().to_numpy(int)
-    order = order[rank < LIMIT] if len(order) else order
-    return found.boxes[order], found.scores[order], found.labels[order]
+    rank = pd.Series(found.labels[order]).groupby(found.labels[order]).cumcount().to_numpy(int) if len(order) else np.zeros(0, int)
+    return Detections(*(x[order[rank < LIMIT]] for x in found))
 
 def _evaluator():
     "The COCO evaluator; `InputError` if it is not installed."
@@ -638,9 +640,9 @@ def paired(
         rows += [{**dict(zip(("metric", "a", "b", "difference", "low", "high", "spread"), r)), "kind": kind, "n_images": len(at), "n_seeds": len(each)} for r in columns]
     return pd.DataFrame(rows)[["kind", "metric", "a", "b", "difference", "low", "high", "spread", "n_images", "n_seeds"]]
 
-# %% ../../nbs/07_tasks/04_detection.ipynb #4c4aff12
-def open_parts(
-    input: str,  # infrared, visible, stacked, or a fused method
+# %% ../../nbs/07_tasks/04_detection.ipynb #4fae6cd6
+def open_inputs(
+    inputs: Iterable[str],  # infrared, visible, stacked, or fused methods
     *,
     data: str | Path = "",  # folder that holds train/ and test/
     set: str = "",  # instead of `data`: a set of the registry with boxes, such as M3FD
@@ -648,14 +650,22 @@ def open_parts(
     fused: str | Path = "",  # for data: folder with <part>/<input>/, empty: <data>/<part>/fused; for a set: folder with <input>/
     size: tuple[int, int] | None = None,  # H, W, to which everything is resized
     split_seed: int = 0,  # of the division of a set
-) -> tuple[Samples, Samples]:  # train, test
+) -> dict[str, tuple[Samples, Samples]]:  # input -> train, test
     "Both parts of rendered streets or of a set, with boxes; `InputError` names what is missing, or scenes that lie in both."
     if bool(data) == bool(set): raise InputError("give either data, a folder with train/ and test/, or the name of a set")
     if data: parts = {part: get_pairs(Path(data, part)) for part in ("train", "test")}
     else: parts = split_scenes(get_pairs(set, "detection", root=root or None), seed=split_seed)
     check_leaks({part: parts[part] for part in ("train", "test")})
-    folder = lambda part: None if input in SOURCES else Path(fused, part) if fused and data else Path(fused) if fused else Path(data, part, "fused") if data else None
-    return tuple(Samples(parts[part], input, targets="boxes", fused=folder(part), size=tuple(size) if size else None) for part in ("train", "test"))
+    folder = lambda part: (Path(fused, part) if fused else Path(data, part, "fused")) if data else fused or None
+    one = lambda part, name: Samples(parts[part], name, targets="boxes", fused=None if name in SOURCES else folder(part), size=tuple(size) if size else None)
+    return {name: (one("train", name), one("test", name)) for name in inputs}
+
+def open_parts(
+    input: str,  # infrared, visible, stacked, or a fused method
+    **places,  # data, set, root, fused, size, split_seed of `open_inputs`
+) -> tuple[Samples, Samples]:  # train, test
+    "Both parts for one input."
+    return open_inputs([input], **places)[input]
 
 def fingerprint(
     samples: Samples,
