@@ -447,7 +447,7 @@ def _memory(plane: Plane, pixel: int, maps: int, tile: Plane, threads: int) -> i
     return pixel * (maps * plane[0] * plane[1] + threads * TILE_MAPS * around + waiting) + 16 * plane[0] * plane[1] + PROGRAMS
 
 
-# %% ../nbs/05_fusion/04_inference.ipynb #51ba79de
+# %% ../nbs/05_fusion/04_inference.ipynb #f1e1f256
 def choose_schedule(
     plane: Plane,  # H, W
     *,
@@ -458,7 +458,7 @@ def choose_schedule(
     bytes_per_value: int = 4,
 ) -> Schedule:
     "The fastest schedule within a budget; `InputError`, naming the smallest possible budget, if there is none."
-    for maps, tile in [(5, tiles[0]), *((3, tile) for tile in tiles)]:
+    for maps, tile in [*((5, tile) for tile in tiles[:2]), *((3, tile) for tile in tiles)]:
         need = _memory(plane, channels * bytes_per_value, maps, tile, threads)
         if need <= (budget / 2 if maps == 5 else budget): return Schedule(maps, tile, threads, need)
     raise InputError(f"max_memory: {show_memory(budget)} is too little for {plane[1]}×{plane[0]} pixels; "
@@ -496,7 +496,7 @@ class Prepared:
         self.max_memory, self.threads, self.tile = None if max_memory is None else parse_memory(max_memory), threads, tile
         with torch.no_grad(): self.steps = _Steps(copy.deepcopy(model).requires_grad_(False).to(dtype))
 
-# %% ../nbs/05_fusion/04_inference.ipynb #379dc0b1
+# %% ../nbs/05_fusion/04_inference.ipynb #ac31c9ec
 @patch
 def schedule(
     self: Prepared,
@@ -504,8 +504,8 @@ def schedule(
 ) -> Schedule:
     "How a picture of this size would be computed now; `InputError` if the budget is too small."
     c, gpu = self.config.dim, self.device.type == "cuda"
-    side = int(64 * (64 / c) ** 0.5)  # the results of such a tile stay in the cache
-    sides = [max(plane), 2048, 1024, 512, 256] if gpu else [side, side // 2, side // 4]
+    side = int(96 * (64 / c) ** 0.5)  # for the paper's 64 channels: 96×96 pixels
+    sides = [max(plane), 2048, 1024, 512, 256] if gpu else [side, side * 2 // 3, side // 3, side // 6]
     return choose_schedule(
         plane, channels=c, bytes_per_value=self.dtype.itemsize, budget=self.max_memory or int(0.8 * free_memory(self.device)),
         tiles=[self.tile] if self.tile else [(s, s) for s in sides], threads=1 if gpu else self.threads or torch.get_num_threads())

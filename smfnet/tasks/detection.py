@@ -57,7 +57,7 @@ def likeness(
     "How alike pictures of two sets are: the smaller correlation of both sides."
     return np.minimum(a[:, 0] @ b[:, 0].T, a[:, 1] @ b[:, 1].T)
 
-# %% ../../nbs/07_tasks/04_detection.ipynb #3c926c89
+# %% ../../nbs/07_tasks/04_detection.ipynb #092f68c3
 def scene_groups(
     pairs: PairSet,
     *,
@@ -77,6 +77,8 @@ def only(
     part.cache, part.pairs = pairs.cache, [p for p in pairs if p.stem in wanted]
     return part
 
+
+# %% ../../nbs/07_tasks/04_detection.ipynb #5665c033
 def split_scenes(
     pairs: PairSet,
     *,
@@ -169,7 +171,7 @@ def detector_config(
     if unknown := sorted(set(overrides) - set(known)): raise InputError(f"{', '.join(unknown)}: no such option; a detector has {', '.join(known)}")
     return replace(DETECTORS[preset], **overrides)
 
-# %% ../../nbs/07_tasks/04_detection.ipynb #c8eab935
+# %% ../../nbs/07_tasks/04_detection.ipynb #636c0704
 def _parts():
     "The libraries that bring the detector; `InputError` if they are not installed."
     try:
@@ -198,6 +200,8 @@ class Pyramid(nn.Module):
         "Features of each level, finest first."
         return self.fpn({str(i): f for i, f in enumerate(self.body(x).feature_maps)})
 
+
+# %% ../../nbs/07_tasks/04_detection.ipynb #420fea55
 class FocalSum(nn.Module):
     "Focal loss over all places and classes, divided by the number of places with an object."
     def __init__(self):
@@ -261,7 +265,7 @@ def zoomed(
     inside = ((moved.mean(2) >= 0) & (moved.mean(2) < 1)).all(-1)
     return image, (moved.clamp(0, 1) * size).view(b, -1, 4), torch.where(inside, labels, -1)
 
-# %% ../../nbs/07_tasks/04_detection.ipynb #0462632c
+# %% ../../nbs/07_tasks/04_detection.ipynb #10adfbec
 def _input(self: Detector, image: Tensor) -> Tensor:
     "Centred images; `InputError` for another number of channels."
     if image.ndim != 4 or image.shape[1] != self.config.channels:
@@ -282,6 +286,8 @@ def loss(
     found = {"focal": terms["classification"], "giou": terms["box_regression"].to(image.device)}
     return found["focal"] + self.config.giou * found["giou"], {k: v.detach() for k, v in found.items()}
 
+
+# %% ../../nbs/07_tasks/04_detection.ipynb #7a66422b
 @patch
 @torch.no_grad()
 def predict(
@@ -356,7 +362,7 @@ def new_detector(
     if backbone: model.initial = _pretrained(model, Path(backbone))
     return model
 
-# %% ../../nbs/07_tasks/04_detection.ipynb #9d8d8175
+# %% ../../nbs/07_tasks/04_detection.ipynb #da9fe9b9
 @dataclass(frozen=True)
 class DetectionRecipe(TaskRecipe):
     "How a detector is trained."
@@ -375,6 +381,8 @@ def detection_recipe(
     if name not in DETECTION_RECIPES: raise InputError(f"recipe: {name!r} is unknown; choose one of {', '.join(DETECTION_RECIPES)}")
     return change(DETECTION_RECIPES[name], **settings)
 
+
+# %% ../../nbs/07_tasks/04_detection.ipynb #4c208f4f
 def check_boxes(
     samples: Samples,  # with targets="boxes"
 ) -> np.ndarray:  # number of objects of each class
@@ -388,6 +396,8 @@ def check_boxes(
     if not counts.sum(): raise InputError("boxes: no picture of the set holds an object; there is nothing to learn or to measure")
     return counts
 
+
+# %% ../../nbs/07_tasks/04_detection.ipynb #c7f0d7ca
 def train_detector(
     train: Samples,  # pictures of one input, with boxes
     folder: str | Path,  # receives log, checkpoints and weights
@@ -408,7 +418,7 @@ def train_detector(
     if not trainer.progress.done: trainer.fit(minutes=minutes, progress=progress)
     return trainer
 
-# %% ../../nbs/07_tasks/04_detection.ipynb #160f242b
+# %% ../../nbs/07_tasks/04_detection.ipynb #8a77afa2
 LIMIT = 100  # detections a class and picture that count
 OVERLAP = 0.5  # intersection over union from which a detection counts
 
@@ -430,6 +440,8 @@ def _coco_tables(truths: Sequence[Boxes], found: Sequence[Detections], classes: 
     data = {"images": [{"id": i + 1} for i in range(len(truths))], "categories": [{"id": k + 1, "name": str(k)} for k in range(classes)], "annotations": objects}
     return data, [{"image_id": i + 1, "category_id": int(k) + 1, "bbox": size(b), "score": float(s)} for i, f in enumerate(found) for b, s, k in zip(*limited(f), strict=True)]
 
+
+# %% ../../nbs/07_tasks/04_detection.ipynb #fc293189
 def limited(
     found: Detections,
 ) -> Detections:  # surest first
@@ -475,7 +487,7 @@ def _match(data: dict, detections: list[dict]) -> tuple[np.ndarray, np.ndarray, 
     precision = e.eval["precision"][0, :, :, 0, 0].T
     return np.isin(np.arange(len(detections)) + 1, pairs[:, 0]), pairs[:, 1], np.where((precision > -1).all(1), precision.mean(1), np.nan)
 
-# %% ../../nbs/07_tasks/04_detection.ipynb #d7b331af
+# %% ../../nbs/07_tasks/04_detection.ipynb #661b7543
 def weighted_ap(
     m: Matches,
     times: np.ndarray,  # R×n, how often each resample holds each picture
@@ -499,6 +511,8 @@ def _mean_precision(recall: np.ndarray, best: np.ndarray) -> float:
     at = np.searchsorted(recall, _RECALLS, side="left")
     return float(np.append(best, 0.0)[at].mean())
 
+
+# %% ../../nbs/07_tasks/04_detection.ipynb #1055f2ad
 def draws(
     n: int,  # pictures
     *,
@@ -517,7 +531,7 @@ def with_mean(
     with np.errstate(invalid="ignore"): mean = np.where(known, ap, 0).sum(-1) / known.sum(-1)
     return np.concatenate([ap, mean[..., None]], -1)
 
-# %% ../../nbs/07_tasks/04_detection.ipynb #b1b743fb
+# %% ../../nbs/07_tasks/04_detection.ipynb #29391b27
 COLUMNS = ("task", "set", "input", "seed", "kind", "metric", "value", "low", "high", "n_images", "conditions", "revision")
 
 def evaluate(
@@ -537,6 +551,8 @@ def evaluate(
         if out is not None: write_json(Path(out, f"{stem}.json"), {"input": samples.input, "classes": list(samples.classes), **{k: v.tolist() for k, v in found[-1]._asdict().items()}})
     return found
 
+
+# %% ../../nbs/07_tasks/04_detection.ipynb #7e03355b
 def _groups(stems: Sequence[str]) -> dict[str, np.ndarray]:
     "Positions of all pictures, and of each kind of scene that names tell."
     kinds = np.array([s.rsplit("_", 1)[-1] for s in stems])
@@ -555,6 +571,8 @@ def _interval(values: np.ndarray) -> np.ndarray:
         if np.isfinite(column).any(): bounds[:, k] = np.quantile(column[np.isfinite(column)], [0.025, 0.975])
     return bounds
 
+
+# %% ../../nbs/07_tasks/04_detection.ipynb #e4afd32a
 def score_rows(
     truths: Sequence[Boxes],  # one a picture
     found: Sequence[Detections],  # one a picture
@@ -573,7 +591,7 @@ def score_rows(
         rows += [{"kind": kind, "metric": name, "value": v, "low": a, "high": b, "n_images": len(at)} for name, v, a, b in zip([*classes, "mAP"], value, low, high)]
     return pd.DataFrame(rows).assign(task="detection", **labels)[list(COLUMNS)]
 
-# %% ../../nbs/07_tasks/04_detection.ipynb #77aa3830
+# %% ../../nbs/07_tasks/04_detection.ipynb #d5e226e2
 def save_found(
     path: str | Path,  # .npz
     truths: Sequence[Boxes],  # one a picture
@@ -591,6 +609,8 @@ def save_found(
     with atomic_path(path) as part:
         with open(part, "wb") as f: np.savez_compressed(f, **tables)
 
+
+# %% ../../nbs/07_tasks/04_detection.ipynb #78269326
 class Found(NamedTuple):
     "Objects and detections of one input."
     truths: list[Boxes]  # one a picture
@@ -640,7 +660,7 @@ def paired(
         rows += [{**dict(zip(("metric", "a", "b", "difference", "low", "high", "spread"), r)), "kind": kind, "n_images": len(at), "n_seeds": len(each)} for r in columns]
     return pd.DataFrame(rows)[["kind", "metric", "a", "b", "difference", "low", "high", "spread", "n_images", "n_seeds"]]
 
-# %% ../../nbs/07_tasks/04_detection.ipynb #4fae6cd6
+# %% ../../nbs/07_tasks/04_detection.ipynb #de0b707b
 def open_inputs(
     inputs: Iterable[str],  # infrared, visible, stacked, or fused methods
     *,
@@ -667,6 +687,8 @@ def open_parts(
     "Both parts for one input."
     return open_inputs([input], **places)[input]
 
+
+# %% ../../nbs/07_tasks/04_detection.ipynb #2b20d2ca
 def fingerprint(
     samples: Samples,
 ) -> str:  # hexadecimal sha256
@@ -691,6 +713,8 @@ def conditions(
         for i in range(len(part)): h.update(b"".join(np.ascontiguousarray(x).tobytes() for x in part.boxes(i)[:2]))
     return h.hexdigest()[:12]
 
+
+# %% ../../nbs/07_tasks/04_detection.ipynb #ee8a0678
 def summary(
     truths: Sequence[Boxes],  # one a picture
     found: Mapping[int, Sequence[Detections]],  # seed -> one a picture

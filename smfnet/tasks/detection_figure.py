@@ -78,7 +78,7 @@ def draw_detections(
         colour, line, _ = STYLES[name]
         _frames(ax, part.boxes, [classes[k] for k in part.labels], np.array(colour) / 255, line)
 
-# %% ../../nbs/07_tasks/06_detection_figure.ipynb #4a641276
+# %% ../../nbs/07_tasks/06_detection_figure.ipynb #280894e6
 @dataclass(frozen=True)
 class SceneView:
     "One scene for the figure."
@@ -88,6 +88,8 @@ class SceneView:
     images: Mapping[str, np.ndarray]  # input -> H×W×3, [0,1], what the detector saw
     found: Mapping[str, Detections]  # input -> detections
 
+
+# %% ../../nbs/07_tasks/06_detection_figure.ipynb #532b96a1
 def detection_grid(
     scenes: Sequence[SceneView],  # all with the same inputs
     *,
@@ -111,7 +113,7 @@ def detection_grid(
     legend.get_title().set_color("white")
     return fig
 
-# %% ../../nbs/07_tasks/06_detection_figure.ipynb #b8d9d7db
+# %% ../../nbs/07_tasks/06_detection_figure.ipynb #a0891cd4
 def telling_scenes(
     samples: Samples,  # with targets="boxes"
     n: int = 4,  # scenes
@@ -122,6 +124,8 @@ def telling_scenes(
     found = found.sort_values(["classes", "objects", "stem"], ascending=[False, False, True])
     return found.assign(turn=found.groupby("kind").cumcount()).sort_values(["turn", "kind"], kind="stable")["stem"].tolist()[:n]
 
+
+# %% ../../nbs/07_tasks/06_detection_figure.ipynb #f2fe8ef0
 def read_detections(
     folders: Sequence[str | Path],  # results of detection.ipynb; a * stands for any part of a name
 ) -> dict[str, Path]:  # input -> folder of its predictions
@@ -142,6 +146,8 @@ def _read(folder: Path, stem: str) -> Detections:
     except (OSError, ValueError) as e: raise InputError(f"{folder}: no detections of {stem} ({e}); run the stage detection again") from e
     return Detections(np.array(d["boxes"], np.float32).reshape(-1, 4), np.array(d["scores"], np.float32), np.array(d["labels"], np.int64))
 
+
+# %% ../../nbs/07_tasks/06_detection_figure.ipynb #cd6b946d
 def scene_views(
     samples: Mapping[str, Samples],  # input -> the same test pictures as that input; one of them is "visible"
     predictions: Mapping[str, Path],  # input -> folder with <stem>.json
