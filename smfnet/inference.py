@@ -496,7 +496,7 @@ class Prepared:
         self.max_memory, self.threads, self.tile = None if max_memory is None else parse_memory(max_memory), threads, tile
         with torch.no_grad(): self.steps = _Steps(copy.deepcopy(model).requires_grad_(False).to(dtype))
 
-# %% ../nbs/05_fusion/04_inference.ipynb #ac31c9ec
+# %% ../nbs/05_fusion/04_inference.ipynb #379dc0b1
 @patch
 def schedule(
     self: Prepared,
@@ -504,8 +504,8 @@ def schedule(
 ) -> Schedule:
     "How a picture of this size would be computed now; `InputError` if the budget is too small."
     c, gpu = self.config.dim, self.device.type == "cuda"
-    side = int(96 * (64 / c) ** 0.5)  # for the paper's 64 channels: 96×96 pixels
-    sides = [max(plane), 2048, 1024, 512, 256] if gpu else [side, side * 2 // 3, side // 3, side // 6]
+    side = int(64 * (64 / c) ** 0.5)  # the results of such a tile stay in the cache
+    sides = [max(plane), 2048, 1024, 512, 256] if gpu else [side, side // 2, side // 4]
     return choose_schedule(
         plane, channels=c, bytes_per_value=self.dtype.itemsize, budget=self.max_memory or int(0.8 * free_memory(self.device)),
         tiles=[self.tile] if self.tile else [(s, s) for s in sides], threads=1 if gpu else self.threads or torch.get_num_threads())
