@@ -664,7 +664,7 @@ def paired(
         rows += [{**dict(zip(("metric", "a", "b", "difference", "low", "high", "spread"), r)), "kind": kind, "n_images": len(at), "n_seeds": len(each)} for r in columns]
     return pd.DataFrame(rows)[["kind", "metric", "a", "b", "difference", "low", "high", "spread", "n_images", "n_seeds"]]
 
-# %% ../../nbs/07_tasks/04_detection.ipynb #de0b707b
+# %% ../../nbs/07_tasks/04_detection.ipynb #5ff9643c
 def open_inputs(
     inputs: Iterable[str],  # infrared, visible, stacked, or fused methods
     *,
@@ -674,15 +674,16 @@ def open_inputs(
     fused: str | Path = "",  # for data: folder with <part>/<input>/, empty: <data>/<part>/fused; for a set: folder with <input>/
     size: tuple[int, int] | None = None,  # H, W, to which everything is resized
     split_seed: int = 0,  # of the division of a set
-) -> dict[str, tuple[Samples, Samples]]:  # input -> train, test
-    "Both parts of rendered streets or of a set, with boxes; `InputError` names what is missing, or scenes that lie in both."
+    names: Sequence[str] = ("train", "test"),  # which parts
+) -> dict[str, tuple[Samples, ...]]:  # input -> its parts
+    "Parts of rendered streets or of a set, with boxes; `InputError` names what is missing, or scenes that lie in both."
     if bool(data) == bool(set): raise InputError("give either data, a folder with train/ and test/, or the name of a set")
-    if data: parts = {part: get_pairs(Path(data, part)) for part in ("train", "test")}
+    if data: parts = {part: get_pairs(Path(data, part)) for part in names}
     else: parts = split_scenes(get_pairs(set, "detection", root=root or None), seed=split_seed)
-    check_leaks({part: parts[part] for part in ("train", "test")})
+    check_leaks({part: parts[part] for part in names})
     folder = lambda part: (Path(fused, part) if fused else Path(data, part, "fused")) if data else fused or None
     one = lambda part, name: Samples(parts[part], name, targets="boxes", fused=None if name in SOURCES else folder(part), size=tuple(size) if size else None)
-    return {name: (one("train", name), one("test", name)) for name in inputs}
+    return {name: tuple(one(part, name) for part in names) for name in inputs}
 
 def open_parts(
     input: str,  # infrared, visible, stacked, or a fused method
