@@ -447,7 +447,7 @@ def _memory(plane: Plane, pixel: int, maps: int, tile: Plane, threads: int) -> i
     return pixel * (maps * plane[0] * plane[1] + threads * TILE_MAPS * around + waiting) + 16 * plane[0] * plane[1] + PROGRAMS
 
 
-# %% ../nbs/05_fusion/04_inference.ipynb #f1e1f256
+# %% ../nbs/05_fusion/04_inference.ipynb #51ba79de
 def choose_schedule(
     plane: Plane,  # H, W
     *,
@@ -458,7 +458,7 @@ def choose_schedule(
     bytes_per_value: int = 4,
 ) -> Schedule:
     "The fastest schedule within a budget; `InputError`, naming the smallest possible budget, if there is none."
-    for maps, tile in [*((5, tile) for tile in tiles[:2]), *((3, tile) for tile in tiles)]:
+    for maps, tile in [(5, tiles[0]), *((3, tile) for tile in tiles)]:
         need = _memory(plane, channels * bytes_per_value, maps, tile, threads)
         if need <= (budget / 2 if maps == 5 else budget): return Schedule(maps, tile, threads, need)
     raise InputError(f"max_memory: {show_memory(budget)} is too little for {plane[1]}×{plane[0]} pixels; "

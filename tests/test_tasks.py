@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from smfnet.checks import InputError
-from smfnet.pipeline import run_notebook
+from smfnet.pipeline import NotebookFailure, run_notebook
 from smfnet.tasks.comparison import DIFFERENCES, read_differences
 from smfnet.tasks.results import PRINTED, TASK_COLUMNS
 
@@ -65,7 +65,7 @@ def test_downstream_shows_kept_differences(tmp_path):
 
 def test_missing_results_name_the_stage(tmp_path):
     """The message of a failed notebook says which stage to run."""
-    with pytest.raises(Exception, match="segmentation"):
+    with pytest.raises(NotebookFailure, match="run the stage 'segmentation'"):
         run("table3", tmp_path, results=[str(tmp_path / "none-*.csv")], out=str(tmp_path / "out"))
 
 
