@@ -224,7 +224,7 @@ class Sweep:
             if len(waiting) > self.columns + 1: target.write(waiting.popleft(), add=add)
         for patch_ in waiting: target.write(patch_, add=add)
 
-# %% ../nbs/05_fusion/03_streaming.ipynb #42768d7c
+# %% ../nbs/05_fusion/03_streaming.ipynb #101de6cf
 def _in_order(pool: ThreadPoolExecutor, ahead: int, work: Callable, items: list) -> Iterator:
     "Results in the order of the items, computed by the pool, never more than `ahead` of them in advance."
     waiting = deque()
@@ -237,14 +237,16 @@ def _in_order(pool: ThreadPoolExecutor, ahead: int, work: Callable, items: list)
 def worker_threads(
     count: int,  # threads, each computing on one core
 ) -> Iterator[Callable]:  # like `map`, in order
-    "Compute tiles in threads; PyTorch's own number of threads is restored at the end."
-    if count == 1:
-        yield map
-        return
+    "Compute tiles in threads; PyTorch's own number of threads is 1 meanwhile and restored at the end."
     before = torch.get_num_threads()
-    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try: yield lambda work, boxes: _in_order(pool, 2 * count, torch.no_grad()(work), boxes)  # gradient mode is a thread's own
-        finally: torch.set_num_threads(before)
+    torch.set_num_threads(1)
+    try:
+        if count == 1:
+            yield map
+            return
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield lambda work, boxes: _in_order(pool, 2 * count, torch.no_grad()(work), boxes)  # gradient mode is a thread's own
+    finally: torch.set_num_threads(before)
 
 # %% ../nbs/05_fusion/03_streaming.ipynb #a99c979f
 @dataclass
