@@ -114,7 +114,7 @@ Python {{ env.python }}, PyTorch {{ env.torch }}, {{ env.cpu_count }} processors
 </section>{% endfor %}<h2>The stages</h2><img alt="graph of the stages" src="{{ graph }}"></body></html>
 """
 
-# %% ../nbs/08_report/07_report.ipynb #46523b23
+# %% ../nbs/08_report/07_report.ipynb #d2d6fc6c
 def _facts(record: StageRecord) -> list[tuple[str, str]]:
     "What made a stage's results, as lines of a table."
     made, plain = _read_json(record.folder / "provenance.json"), lambda v: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)
@@ -125,6 +125,11 @@ def _facts(record: StageRecord) -> list[tuple[str, str]]:
             ("environment", ", ".join(f"{k} {v}" for k, v in env.items() if v is not None))]
     return rows + [(f"parameter {k}", plain(v)) for k, v in made["params"].items()] + [(f"input {k}", f"sha256 {v}") for k, v in made["inputs"].items()]
 
+def _pictures(record: StageRecord) -> list[Path]:
+    "The stage's pictures; of one stored as PNG and as SVG the PNG, the smaller where photographs are in it."
+    files = _files(record, *_TYPES)
+    return [f for f in files if f.suffix == ".png" or f.with_suffix(".png") not in files]
+
 def _section(record: StageRecord, folder: Path) -> dict:
     "One stage as the page shows it."
     title, summary = notebook_title(record.notebook)
@@ -132,7 +137,7 @@ def _section(record: StageRecord, folder: Path) -> dict:
     there = record.state in ("done", "stale")
     return {"name": record.name, "state": record.state, "colour": COLOURS[record.state], "title": title if title.lower() == record.name else f"{title} ({record.name})",
             "summary": summary, "tables": [_fragment(f) for f in _files(record, ".html")] if there else [],
-            "figures": [(name(f), _embed(f)) for f in _files(record, *_TYPES)] if there else [], "facts": _facts(record)}
+            "figures": [(name(f), _embed(f)) for f in _pictures(record)] if there else [], "facts": _facts(record)}
 
 # %% ../nbs/08_report/07_report.ipynb #8f728b3c
 FIRST = ("claims", "table", "figure")  # a reader wants these before the stages that feed them

@@ -244,7 +244,7 @@ def to_markdown(
                 lines.append(f"| {label} | {side} | {images if side == 'measured' else ''} | " + " | ".join(line) + " |")
     return "\n".join(lines) + "\n"
 
-# %% ../nbs/08_report/04_tables.ipynb #5083ae6e
+# %% ../nbs/08_report/04_tables.ipynb #e2c806d6
 STYLE = """<style>
 .smfnet-table {border-collapse: collapse; font: 12px/1.35 sans-serif; margin: 4px 0 16px; background: #fff; color: #111}
 .smfnet-table th, .smfnet-table td {padding: 3px 7px; text-align: right; vertical-align: top; border-bottom: 1px solid #ccc}
@@ -254,7 +254,7 @@ STYLE = """<style>
 .smfnet-table span {display: block; white-space: nowrap}
 .smfnet-table .p {color: #0b5394; font-style: italic}
 .smfnet-table .d {color: #7a3e00; font-size: 10px}
-.smfnet-table .i, .smfnet-table small {color: #555; font-size: 10px; display: block; font-weight: normal}
+.smfnet-table .i, .smfnet-table small {color: #555; font-size: 10px; display: block; font-weight: normal; white-space: normal}
 .smfnet-table .r1 {font-weight: bold}
 .smfnet-table .r2 {text-decoration: underline}
 .smfnet-table tr.trivial td.above {background: #ffe8b3}
