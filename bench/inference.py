@@ -9,7 +9,8 @@ Implementations, all of the paper's size with the same weights:
   onnx      the exported network on ONNX Runtime, if that is installed
 
 Every cell of the table runs in a process of its own under a memory limit, so that peak memory belongs to one
-implementation and one size. What does not fit says so. What would take longer than a minute or so runs with `--slow`.
+implementation and one size. What does not fit says so; what would need a fifth more than the limit, judged by the
+largest size so far, is left out and says that. What would take longer than a minute or so runs with `--slow`.
 The roofline is the rate of a matrix product in the same library, measured in the same call.
 """
 
@@ -26,7 +27,7 @@ from bench.run import _gflop, _models, _pair, _print_row, cell_environment, peak
 
 SIZES = ("128x128", "320x240", "640x480", "1280x960", "1920x1080", "2560x1440", "3840x2160")  # width x height
 IMPLEMENTATIONS = ("literal", "network", "prepared", "streamed", "onnx")
-SECONDS_PER_MEGAPIXEL = {"literal": 370, "network": 120, "prepared": 30, "streamed": 30, "onnx": 150}  # rough, to know what is slow
+SECONDS_PER_MEGAPIXEL = {"literal": 370, "network": 120, "prepared": 45, "streamed": 45, "onnx": 150}  # rough, to know what is slow
 PATIENCE = 60  # seconds; slower cells need --slow
 SCRATCH = Path("runs", "bench")
 
@@ -147,11 +148,22 @@ def _has_onnx() -> bool:
     return bool(find_spec("onnxruntime") and find_spec("onnx") and find_spec("onnxscript"))
 
 
-def _cell(name: str, size: str, counts: dict, rate: float, args) -> dict:
+def _memory_guess(name: str, size: str, done: dict) -> tuple[float, str] | None:
+    "Bytes that an implementation without a budget would take, in proportion to its largest size so far, and that size."
+    cells = [(_pixels(s), row[name]["peak_mb"] * 1e6, s) for s, row in done.items() if "seconds" in row.get(name, {})]
+    if name in ("prepared", "streamed") or not cells:
+        return None
+    pixels, peak, largest = max(cells)
+    return peak * _pixels(size) / pixels, largest
+
+
+def _cell(name: str, size: str, results: dict, args) -> dict:
     "Run or leave out one cell; add its arithmetic and its distance to the roofline."
-    guess = SECONDS_PER_MEGAPIXEL[name] * _pixels(size) / 1e6
+    counts, rate, guess = results["gflop_per_megapixel"], results["rate"]["gflops"], SECONDS_PER_MEGAPIXEL[name] * _pixels(size) / 1e6
     if guess > PATIENCE and not args.slow:
         return {"left out": f"about {guess:.0f} s; --slow runs it"}
+    if (memory := _memory_guess(name, size, results["fuse"])) and memory[0] > 1.2 * args.limit:
+        return {"left out": f"would take about {memory[0] / 1e9:.0f} GB, by its peak at {memory[1]}; the limit is {args.limit / 1e9:.1f} GB"}
     cell = _run_cell("fuse", name, size, args)
     if "seconds" in cell and name in counts:
         cell["gflop"] = counts[name] * _pixels(size) / 1e6
@@ -240,7 +252,7 @@ def _table(results: dict, args) -> None:
     for size in args.sizes:
         row = results["fuse"][size] = {}
         for name in results["methods"]:
-            row[name] = _cell(name, size, results["gflop_per_megapixel"], results["rate"]["gflops"], args)
+            row[name] = _cell(name, size, results, args)
             _print_cell(size, name, row[name])
         for name, d in _differences(size).items():
             row[name]["difference"] = d
