@@ -25,7 +25,6 @@ from smfnet.tasks.detection import (
     DetectorConfig,
     check_leaks,
     detection_recipe,
-    draws,
     evaluate,
     match,
     new_detector,
@@ -39,6 +38,7 @@ from smfnet.tasks.detection import (
     with_mean,
 )
 from smfnet.tasks.detection_figure import MISSED
+from smfnet.tasks.results import draws
 
 SMALL = DetectorConfig(stem=8, widths=(8, 16), depths=(1, 1), block="basic", first=1, pyramid=8, heads=1, anchor=2.0, candidates=4)
 QUICK = detection_recipe("demo", epochs=3, batch=2)

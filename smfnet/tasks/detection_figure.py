@@ -6,16 +6,14 @@
 __all__ = ['RIGHT', 'WRONG', 'MISSED', 'STYLES', 'Verdict', 'verdict', 'draw_detections', 'SceneView', 'detection_grid',
            'telling_scenes', 'read_detections', 'scene_views']
 
-# %% ../../nbs/07_tasks/06_detection_figure.ipynb #f5e0c196
+# %% ../../nbs/07_tasks/06_detection_figure.ipynb #347ec83b
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from glob import glob
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -23,8 +21,9 @@ from matplotlib.patches import Rectangle
 
 from ..checks import InputError
 from ..pairs import Boxes
-from ..scenes import KINDS, M3FD_CLASSES
+from ..scenes import M3FD_CLASSES
 from .detection import Detections, limited, match
+from .results import in_turn, result_folders
 from .samples import Samples
 
 # %% ../../nbs/07_tasks/06_detection_figure.ipynb #e492f3b2
@@ -113,32 +112,21 @@ def detection_grid(
     legend.get_title().set_color("white")
     return fig
 
-# %% ../../nbs/07_tasks/06_detection_figure.ipynb #a0891cd4
+# %% ../../nbs/07_tasks/06_detection_figure.ipynb #b452ebce
 def telling_scenes(
     samples: Samples,  # with targets="boxes"
     n: int = 4,  # scenes
 ) -> list[str]:  # stems, kinds in turn
     "Scenes with many classes and objects, chosen by ground truth alone."
-    kind = lambda stem: last if (last := stem.rsplit("_", 1)[-1]) in KINDS else ""
-    found = pd.DataFrame([{"stem": s, "kind": kind(s), "classes": len(np.unique(samples.boxes(i).labels)), "objects": len(samples.boxes(i).labels)} for i, s in enumerate(samples.stems)])
-    found = found.sort_values(["classes", "objects", "stem"], ascending=[False, False, True])
-    return found.assign(turn=found.groupby("kind").cumcount()).sort_values(["turn", "kind"], kind="stable")["stem"].tolist()[:n]
+    return in_turn({s: (len(np.unique(labels := samples.boxes(i).labels)), len(labels)) for i, s in enumerate(samples.stems)}, n)
 
 
-# %% ../../nbs/07_tasks/06_detection_figure.ipynb #f2fe8ef0
+# %% ../../nbs/07_tasks/06_detection_figure.ipynb #fe7032bd
 def read_detections(
     folders: Sequence[str | Path],  # results of detection.ipynb; a * stands for any part of a name
 ) -> dict[str, Path]:  # input -> folder of its predictions
     "Where the detections of each input lie; `InputError` for missing results, or results under other conditions."
-    found, states = {}, set()
-    for folder in (Path(p) for f in folders for p in (sorted(glob(str(f))) if "*" in str(f) else [str(f)])):
-        try: row = pd.read_csv(folder / "rows.csv", dtype={"conditions": str}).iloc[0]
-        except (OSError, ValueError, IndexError) as e: raise InputError(f"{folder}: holds no results of a detection ({e}); run the stage first") from e
-        if row["input"] in found: raise InputError(f"{folder}: a second result for the input {row['input']!r}; name each input once")
-        states.add(row["conditions"]); found[row["input"]] = folder / "predictions"
-    if not found: raise InputError("results: no folder was found; run the stage detection first")
-    if len(states) > 1: raise InputError("results: were made under different networks, recipes or boxes; run the stage detection alike for each input")
-    return found
+    return {name: folder / "predictions" for name, folder in result_folders(folders, "detection").items()}
 
 def _read(folder: Path, stem: str) -> Detections:
     "The detections of one picture; `InputError` if they are not there."

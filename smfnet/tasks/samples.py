@@ -40,7 +40,7 @@ def _fused_bytes(path: Path, shape: tuple[int, int]) -> np.ndarray:
     values = np.rint(px.values.astype(np.float32) * np.float32(255 / px.full)).astype(np.uint8)
     return values[..., :3] if values.ndim == 3 and values.shape[2] >= 3 else values.reshape(*shape, -1)[..., :1].repeat(3, axis=2)
 
-# %% ../../nbs/07_tasks/01_samples.ipynb #6f9654dc
+# %% ../../nbs/07_tasks/01_samples.ipynb #300c2afb
 class Samples(Sequence):
     "Pictures of one input with their targets, read lazily; `InputError` names what is missing or does not fit."
     def __init__(
@@ -51,7 +51,7 @@ class Samples(Sequence):
         targets: str = "mask",  # "mask" or "boxes"
         fused: str | Path | None = None,  # folder with <input>/<stem>.png, for a fused method
         size: tuple[int, int] | None = None,  # H, W, to which everything is resized; None: as it is
-        memory: int = 4 << 30,  # bytes of pictures to remember
+        memory: int = 4 << 30,  # bytes of pictures and masks to remember
     ):
         if targets not in ("mask", "boxes"): raise InputError(f"targets: {targets!r} is unknown; choose mask or boxes")
         self.pairs, self.input, self.targets, self.size, self.memory = pairs, input, targets, size, memory
@@ -90,16 +90,24 @@ def _resized(image: np.ndarray, size: tuple[int, int] | None, how) -> np.ndarray
     if image.ndim == 2: return np.asarray(Image.fromarray(image).resize(size[::-1], how))
     return np.stack([_resized(image[..., c], size, how) for c in range(image.shape[2])], axis=2)
 
-# %% ../../nbs/07_tasks/01_samples.ipynb #4e2ac414
+# %% ../../nbs/07_tasks/01_samples.ipynb #d3232de0
+def _remembered(self: Samples, i: int, make) -> np.ndarray:
+    "What `make` gives of pair i, remembered while there is memory."
+    if (make, i) in self.kept: return self.kept[make, i]
+    found = make(self, i)
+    if self.used + found.nbytes <= self.memory: self.kept[make, i], self.used = found, self.used + found.nbytes
+    return found
+
 def _bytes(self: Samples, i: int) -> np.ndarray:
-    "Picture i, H×W×C uint8, remembered while there is memory."
-    if i not in self.kept:
-        pair = self.pairs[i]
-        image = _fused_bytes(self.files[pair.stem], pair.ir.shape) if self.files else _source_bytes(pair, self.input)
-        image = _resized(image, self.size, Image.Resampling.BILINEAR)
-        if self.used + image.nbytes > self.memory: return image
-        self.kept[i], self.used = image, self.used + image.nbytes
-    return self.kept[i]
+    "Picture i, H×W×C uint8."
+    pair = self.pairs[i]
+    image = _fused_bytes(self.files[pair.stem], pair.ir.shape) if self.files else _source_bytes(pair, self.input)
+    return _resized(image, self.size, Image.Resampling.BILINEAR)
+
+def _mask(self: Samples, i: int) -> np.ndarray:
+    "Mask i, H×W uint8."
+    if (found := self.pairs[i].mask) is None: raise InputError(f"{self.pairs!r}, {self.stems[i]}: there is no mask; add a folder masks/ beside the images")
+    return _resized(found, self.size, Image.Resampling.NEAREST)
 
 @patch
 def image(
@@ -107,7 +115,7 @@ def image(
     i: int,  # position in the set
 ) -> np.ndarray:  # C×H×W float32, [0,1]
     "Picture i."
-    return np.ascontiguousarray(_bytes(self, i).transpose(2, 0, 1)).astype(np.float32) / np.float32(255)
+    return np.ascontiguousarray(_remembered(self, i, _bytes).transpose(2, 0, 1)).astype(np.float32) / np.float32(255)
 
 @patch
 def mask(
@@ -115,11 +123,7 @@ def mask(
     i: int,  # position in the set
 ) -> np.ndarray:  # H×W uint8, 255 is ignored
     "Mask of picture i; `InputError` if there is none, or it has another size or unknown classes."
-    if ("mask", i) in self.kept: return self.kept["mask", i]
-    found = self.pairs[i].mask
-    if found is None: raise InputError(f"{self.pairs!r}, {self.stems[i]}: there is no mask; add a folder masks/ beside the images")
-    self.kept["mask", i] = found = _resized(found, self.size, Image.Resampling.NEAREST)
-    return found
+    return _remembered(self, i, _mask)
 
 @patch
 def boxes(
@@ -134,6 +138,18 @@ def boxes(
     bounded = np.minimum(found.boxes, np.array([w, h, w, h], np.float32))
     y, x = (1, 1) if self.size is None else (self.size[0] / h, self.size[1] / w)
     return Boxes((bounded * np.array([x, y, x, y])).astype(np.float32), found.labels, found.classes)
+
+# %% ../../nbs/07_tasks/01_samples.ipynb #cd05c556
+@patch
+def fingerprint(
+    self: Samples,
+    *settings,  # plain values that belong to it, such as those of batches
+) -> str:  # hexadecimal sha256
+    "A checksum of the names, pictures and targets of the set."
+    h = hashlib.sha256(repr((self.input, self.stems, self.size, *settings)).encode())
+    for image, target in self:
+        for part in (image, *(target[:2] if self.targets == "boxes" else [target])): h.update(np.ascontiguousarray(part).tobytes())
+    return h.hexdigest()
 
 # %% ../../nbs/07_tasks/01_samples.ipynb #42dbfbb9
 def cropped_boxes(
@@ -153,7 +169,7 @@ def _padded(items: list[np.ndarray]) -> Tensor:
     longest = max(1, *(len(x) for x in items))
     return torch.from_numpy(np.stack([np.pad(x, [(0, longest - len(x))] + [(0, 0)] * (x.ndim - 1), constant_values=-1) for x in items]))
 
-# %% ../../nbs/07_tasks/01_samples.ipynb #31124916
+# %% ../../nbs/07_tasks/01_samples.ipynb #e54e1330
 class TaskBatches:
     "Batches of samples for training; a pure function of (seed, epoch, index)."
     def __init__(
@@ -181,11 +197,7 @@ class TaskBatches:
 
     def fingerprint(self) -> str:  # hexadecimal sha256
         "A checksum of all pictures, targets and settings."
-        h = hashlib.sha256(repr((self.samples.input, self.samples.stems, self.samples.size, self.crop, self.flips, self.seed)).encode())
-        for image, target in self.samples:
-            h.update(image.tobytes())
-            for part in (target[:2] if self.samples.targets == "boxes" else [target]): h.update(np.ascontiguousarray(part).tobytes())
-        return h.hexdigest()
+        return self.samples.fingerprint(self.crop, self.flips, self.seed)
 
 # %% ../../nbs/07_tasks/01_samples.ipynb #ca230a2c
 def _window(self: TaskBatches, rng: np.random.Generator, h: int, w: int) -> tuple[int, int, int, int]:

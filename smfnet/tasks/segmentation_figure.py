@@ -6,15 +6,13 @@
 __all__ = ['MISSED', 'WRONG', 'MISSED_COLOUR', 'WRONG_COLOUR', 'mistakes', 'class_picture', 'mistake_picture', 'telling_scenes',
            'read_predictions', 'SceneView', 'segmentation_grid', 'scene_views']
 
-# %% ../../nbs/07_tasks/07_segmentation_figure.ipynb #00d1bca9
+# %% ../../nbs/07_tasks/07_segmentation_figure.ipynb #0c4f69c1
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from glob import glob
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -22,8 +20,9 @@ from matplotlib.patches import Patch
 from ..checks import InputError
 from ..pairs import read_mask
 from ..scenes import MFNET_CLASSES, MFNET_PALETTE
+from .results import in_turn, result_folders
 from .samples import Samples
-from .segmentation import IGNORE, scene_kind
+from .segmentation import IGNORE
 
 # %% ../../nbs/07_tasks/07_segmentation_figure.ipynb #c20bf1b9
 MISSED, WRONG = 1, 2
@@ -60,34 +59,22 @@ def mistake_picture(
     kinds, colours = mistakes(truth, predicted), np.array([(0, 0, 0), MISSED_COLOUR, WRONG_COLOUR]) / 255
     return np.where((kinds > 0)[..., None], colours[kinds], 0.6 * image.mean(-1, keepdims=True))
 
-# %% ../../nbs/07_tasks/07_segmentation_figure.ipynb #b273daf7
+# %% ../../nbs/07_tasks/07_segmentation_figure.ipynb #27a1fee5
 def telling_scenes(
     samples: Samples,
     n: int = 4,  # scenes
 ) -> list[str]:  # stems, kinds in turn
     "Scenes with many classes, chosen by ground truth alone."
-    found = pd.DataFrame([{"stem": s, "kind": scene_kind(s), "classes": len(np.setdiff1d(m := samples.mask(i), (0, IGNORE))), "pixels": int(((m > 0) & (m != IGNORE)).sum())}
-                          for i, s in enumerate(samples.stems)])
-    found = found.sort_values(["classes", "pixels", "stem"], ascending=[False, False, True])
-    return found.assign(turn=found.groupby("kind").cumcount()).sort_values(["turn", "kind"], kind="stable")["stem"].tolist()[:n]
+    return in_turn({s: (len(np.setdiff1d(m := samples.mask(i), (0, IGNORE))), int(((m > 0) & (m != IGNORE)).sum())) for i, s in enumerate(samples.stems)}, n)
 
-# %% ../../nbs/07_tasks/07_segmentation_figure.ipynb #14f257fa
+# %% ../../nbs/07_tasks/07_segmentation_figure.ipynb #e74861c0
 def read_predictions(
     folders: Sequence[str | Path],  # results of segmentation.ipynb; a * stands for any part of a name
     stems: Sequence[str],  # scenes
     classes: Sequence[str] = MFNET_CLASSES,  # names
 ) -> dict[str, dict[str, np.ndarray]]:  # input -> stem -> H×W uint8
     "Predicted masks by input; `InputError` names a result or scene that is missing, and results under other conditions."
-    found, states = {}, set()
-    for folder in (Path(p) for f in folders for p in (sorted(glob(str(f))) if "*" in str(f) else [str(f)])):
-        try: row = pd.read_csv(folder / "rows.csv", dtype={"conditions": str}).iloc[0]
-        except (OSError, ValueError, IndexError) as e: raise InputError(f"{folder}: holds no results of a segmentation ({e}); run the stage first") from e
-        if row["input"] in found: raise InputError(f"{folder}: a second result for the input {row['input']!r}; name each input once")
-        states.add(row["conditions"])
-        found[row["input"]] = {s: read_mask(folder / "predictions" / f"{s}.png", classes=classes) for s in stems}
-    if not found: raise InputError("results: no folder was found; run the stage segmentation first")
-    if len(states) > 1: raise InputError("results: were made under different networks, recipes or masks; run the stage segmentation alike for each input")
-    return found
+    return {name: {s: read_mask(folder / "predictions" / f"{s}.png", classes=classes) for s in stems} for name, folder in result_folders(folders, "segmentation").items()}
 
 # %% ../../nbs/07_tasks/07_segmentation_figure.ipynb #61f2322c
 @dataclass(frozen=True)
