@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'Parameter', 'notebook_parameters', 'check_parameters', 'NotebookFailure', 'run_notebook', 'Stage',
-           'project_root', 'read_profiles', 'load_plan', 'stage_code', 'stage_key', 'is_current', 'run_stage',
-           'keep_results', 'write_plan_report', 'drop_stale', 'reproduce', 'main']
+           'project_root', 'read_profiles', 'load_plan', 'missing_sets', 'stage_code', 'stage_key', 'is_current',
+           'run_stage', 'keep_results', 'stage_states', 'write_plan_report', 'drop_stale', 'reproduce', 'main']
 
 # %% ../nbs/09_app/01_pipeline.ipynb #e77ac911
 import argparse
@@ -291,12 +291,18 @@ def _stage_params(table: Mapping, profile: Mapping, stage: str, overrides: Mappi
     if data: merged |= layers[2].get(stage) or {}
     return merged | {key.partition(".")[2]: v for key, v in overrides.items() if key.partition(".")[0] == stage}
 
-# %% ../nbs/09_app/01_pipeline.ipynb #76d2fde3
-def _kept(values: Iterable, root: Path) -> list[str]:
-    "Paths under results/ among values and lists of values; a * stands for all that match."
-    flat = [v for value in values for v in (value if isinstance(value, list) else [value])]
-    named = [v for v in flat if isinstance(v, str) and v.startswith("results/")]
-    return [path for v in named for path in (sorted(p.relative_to(root).as_posix() for p in root.glob(v)) if "*" in v else [v]) or [v]]
+# %% ../nbs/09_app/01_pipeline.ipynb #76f4499c
+def _strings(value) -> Iterator[str]:
+    "All texts in a value, however nested."
+    if isinstance(value, str): yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for v in value.values() if isinstance(value, Mapping) else value: yield from _strings(v)
+
+def _named(params: Mapping, root: Path, data: str) -> Iterator[str]:
+    "Paths that parameters name; under results/ a * stands for all that match."
+    for text in _strings(params):
+        if text.startswith("results/"): yield from (sorted(p.relative_to(root).as_posix() for p in root.glob(text)) if "*" in text else ()) or [text]
+        elif text not in ("", data) and not text.startswith(("runs/", "figures/")) and os.path.exists(root / text): yield text
 
 def _stage(name: str, declared: Mapping, groups: Mapping[str, list[str]], words: Mapping, params: Mapping, root: Path) -> Stage:
     "One stage with everything filled in; `groups` are the stages that stand above it, by declared name."
@@ -308,12 +314,13 @@ def _stage(name: str, declared: Mapping, groups: Mapping[str, list[str]], words:
     filled = {key: _fill(declared.get(key) or (), words, name) for key in ("inputs", "outputs", "keep")}
     given = [i for raw, i in zip(declared.get("inputs") or (), filled["inputs"]) if "{data}" not in raw or (words["data"] and (root / i).exists())]
     params = _fill(params, words, name)
+    inputs = tuple(dict.fromkeys([*given, *_named(params, root, words["data"])]))
     return Stage(
         name=name, notebook=f"{EXPERIMENTS}/{declared['notebook']}", folder=words["out"], after=tuple(n for a in after for n in groups[a]),
-        inputs=(*given, *_kept(params.values(), root)), outputs=tuple(_own(o, name, words["profile"]) for o in filled["outputs"]), params=params,
+        inputs=inputs, outputs=tuple(_own(o, name, words["profile"]) for o in filled["outputs"]), params=params,
         threads=declared.get("threads") or 0, keep=tuple(filled["keep"]))
 
-# %% ../nbs/09_app/01_pipeline.ipynb #023a4a4d
+# %% ../nbs/09_app/01_pipeline.ipynb #aad025ba
 def load_plan(
     root: str | Path | None = None,  # top of the repository; found from the current folder if None
     *,
@@ -329,11 +336,24 @@ def load_plan(
     words = {"figures": f"figures/{profile}", "profile": profile, **_data_words(root, data, chosen)}
     for key in overrides:
         if key.partition(".")[0] not in table["stages"]: raise InputError(f"'{key}' sets no stage; there are {', '.join(table['stages'])}")
+    empty = [f"{{{word}}}" for word, found in words.items() if found == []]
     for base, declared in table["stages"].items():
-        groups[base] = list(_each(base, declared)) if base in (chosen.get("stages") or table["stages"]) else []
-        for name, own in _each(base, declared).items() if groups[base] else ():
-            plan[name] = _stage(name, declared, groups, words | own, _stage_params(table, chosen, base, overrides, words["data"]), root)
+        params = _stage_params(table, chosen, base, overrides, words["data"])
+        wanted = base in (chosen.get("stages") or table["stages"]) and not any(v in empty for v in params.values())
+        groups[base] = list(_each(base, declared)) if wanted else []
+        for name, own in _each(base, declared).items() if wanted else (): plan[name] = _stage(name, declared, groups, words | own, params, root)
     return plan
+
+def missing_sets(
+    root: str | Path,  # top of the repository
+    *,
+    profile: str,  # name
+    data: str | Path | None,  # folder with the real test sets
+) -> list[str]:  # one sentence, or none
+    "What a profile would have measured if it were below the data folder."
+    find = ((read_profiles(root)["profiles"][profile] or {}).get("with_data") or {}).get("find") or {}
+    absent = {name: folder for names in find.values() for name, folder in names.items() if data and not (Path(data) / folder).is_dir()}
+    return [f"Not below {data}, and so in no table or figure: {', '.join(f'{n} ({f})' for n, f in absent.items())}; 'smfnet data list' says how to get them."] if absent else []
 
 # %% ../nbs/09_app/01_pipeline.ipynb #153f47ec
 def _imports(source: str, package: str) -> set[str]:
@@ -401,7 +421,7 @@ def is_current(
     made = _read(root / stage.manifest)
     return made == {"key": json.loads(json.dumps(stage_key(stage, plan, root))), "results": _results(stage, root)}
 
-# %% ../nbs/09_app/01_pipeline.ipynb #e16540be
+# %% ../nbs/09_app/01_pipeline.ipynb #d950a51c
 def _clear(stage: Stage, root: Path) -> None:
     for path in (root / o for o in (*stage.outputs, stage.manifest)):
         if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
@@ -420,7 +440,8 @@ def run_stage(
     root, stage = Path(root or project_root()), plan[name]
     for earlier in stage.after:
         if not (root / plan[earlier].manifest).is_file():
-            raise InputError(f"{plan[earlier].folder}: stage {earlier} is not complete; run it first: python -m smfnet.pipeline run {earlier}")
+            profile = Path(stage.folder).parts[1]
+            raise InputError(f"{plan[earlier].folder}: stage {earlier} is not complete; run it first: python -m smfnet.pipeline run {earlier} --profile {profile}, with the same --data and --set")
     if if_needed and is_current(stage, plan, root): return (root / stage.executed).absolute()
     if progress: print(f"\n== {name}: {stage.notebook} -> {stage.folder}/", flush=True)
     key = stage_key(stage, plan, root)
@@ -456,22 +477,32 @@ def keep_results(
             written.append(target.relative_to(root))
     return written
 
-# %% ../nbs/09_app/01_pipeline.ipynb #9e15ebbf
-def _state(stage: Stage, plan: Mapping[str, Stage], root: Path) -> str:
-    if is_current(stage, plan, root): return "done"
-    if (root / stage.manifest).is_file(): return "stale"
-    return "failed" if (root / stage.executed).is_file() else "missing"
+# %% ../nbs/09_app/01_pipeline.ipynb #c3b70b87
+def stage_states(
+    plan: Mapping[str, Stage],  # from `load_plan`
+    root: Path,  # top of the repository
+) -> dict[str, str]:  # stage -> done, stale, failed or missing
+    "The state of every stage; one behind a stage that is not done is stale at best."
+    found = {}
+    for stage in plan.values():
+        if is_current(stage, plan, root) and all(found[a] == "done" for a in stage.after): found[stage.name] = "done"
+        elif (root / stage.manifest).is_file(): found[stage.name] = "stale"
+        else: found[stage.name] = "failed" if (root / stage.executed).is_file() else "missing"
+    return found
 
 def write_plan_report(
     plan: Mapping[str, Stage],  # from `load_plan`
     root: str | Path,  # top of the repository
     *,
     profile: str,  # of the plan
+    data: str | Path | None = None,  # folder with the real test sets
 ) -> Path:  # runs/<profile>/report.html
     "Write the report of a profile from whatever its stages have left."
-    root = Path(root)
-    records = [StageRecord(s.name, str(root / s.notebook), root / s.folder, _state(s, plan, root), tuple(root / o for o in s.outputs), s.after) for s in plan.values()]
-    return write_report(records, root / "runs" / profile / "report.html", title=f"Reproduction, profile {profile}")
+    root, kept = Path(root), {}
+    for s in plan.values(): kept[s.name] = tuple(dict.fromkeys([*(root / i for i in s.inputs if i.startswith("results/")), *(k for a in s.after for k in kept[a])]))
+    states, place = stage_states(plan, root), lambda s: tuple(root / o for o in s.outputs)
+    records = [StageRecord(s.name, str(root / s.notebook), root / s.folder, states[s.name], place(s), s.after, kept[s.name]) for s in plan.values()]
+    return write_report(records, root / "runs" / profile / "report.html", title=f"Reproduction, profile {profile}", notices=missing_sets(root, profile=profile, data=data))
 
 # %% ../nbs/09_app/01_pipeline.ipynb #07dd5536
 def drop_stale(
@@ -483,7 +514,7 @@ def drop_stale(
     for stage in stale: (root / stage.token).unlink(missing_ok=True)
     return [s.name for s in stale]
 
-# %% ../nbs/09_app/01_pipeline.ipynb #7bb437d7
+# %% ../nbs/09_app/01_pipeline.ipynb #64cb212f
 def _snakemake(root: Path, settings: Mapping, cores: str, extra: Iterable[str]) -> list[str]:
     config = root / ".snakemake" / f"settings-{settings['profile']}.json"  # a file keeps the types of the values
     write_json(config, settings)
@@ -494,10 +525,10 @@ def _snakemake(root: Path, settings: Mapping, cores: str, extra: Iterable[str]) 
         "--configfile", str(config), *extra]
 
 def _summary(root: Path, plan: Mapping[str, Stage], profile: str) -> str:
-    lines = [f"  {s.name:<{max(map(len, plan))}} {'done' if is_current(s, plan, root) else 'NOT DONE'}  {s.folder}" for s in plan.values()]
+    lines = [f"  {name:<{max(map(len, plan))}} {'done' if state == 'done' else 'NOT DONE: ' + state}  {plan[name].folder}" for name, state in stage_states(plan, root).items()]
     return "\n".join([*lines, f"Look at runs/{profile}/report.html; executed notebooks are in runs/{profile}/, pictures in figures/{profile}/."])
 
-# %% ../nbs/09_app/01_pipeline.ipynb #c42ce4a4
+# %% ../nbs/09_app/01_pipeline.ipynb #78c5da58
 def reproduce(
     root: str | Path | None = None,  # top of the repository; found from the current folder if None
     *,
@@ -518,11 +549,11 @@ def reproduce(
     command = _snakemake(root, settings, cores, [*(["--dry-run"] if dry_run else []), *extra])
     status = subprocess.run(command, cwd=root, stdin=subprocess.DEVNULL).returncode
     if dry_run: return status
-    write_plan_report(plan, root, profile=profile)
-    print(_summary(root, plan, profile), flush=True)
-    return status or int(not all(is_current(s, plan, root) for s in plan.values()))
+    write_plan_report(plan, root, profile=profile, data=data)
+    print(_summary(root, plan, profile), *missing_sets(root, profile=profile, data=data), sep="\n", flush=True)
+    return status or int(set(stage_states(plan, root).values()) != {"done"})
 
-# %% ../nbs/09_app/01_pipeline.ipynb #53681f50
+# %% ../nbs/09_app/01_pipeline.ipynb #98422f37
 def _overrides(texts: Iterable[str]) -> dict:
     import yaml
 
@@ -530,7 +561,8 @@ def _overrides(texts: Iterable[str]) -> dict:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or "." not in key: raise InputError(f"--set {text}: write STAGE.PARAMETER=VALUE")
-        found[key] = yaml.safe_load(value)
+        try: found[key] = yaml.safe_load(value)
+        except yaml.YAMLError as e: raise InputError(f"--set {text}: the value is not YAML ({str(e).splitlines()[0]}); with make, write it without spaces") from e
     return found
 
 def _parser() -> argparse.ArgumentParser:
@@ -539,7 +571,7 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--profile", default="demo", help="set of parameters (default: demo)")
     common.add_argument("--data", metavar="DIR", help="folder with the real test sets")
-    common.add_argument("--set", metavar="STAGE.PARAMETER=VALUE", action="append", default=[], dest="settings", help="change one parameter; may be repeated")
+    common.add_argument("--set", metavar="STAGE.PARAMETER=VALUE", action="append", default=[], dest="settings", help="change one parameter; the value is YAML; may be repeated")
     whole = commands.add_parser("reproduce", parents=[common], help="every stage that is missing or out of date")
     whole.add_argument("--cores", default="all", help="processors to use (default: all)")
     whole.add_argument("--dry-run", action="store_true", help="only say what would run")
@@ -552,10 +584,9 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("keep", parents=[common], help="copy the small results that the repository keeps to results/PROFILE/")
     return parser
 
-# %% ../nbs/09_app/01_pipeline.ipynb #e1c63920
+# %% ../nbs/09_app/01_pipeline.ipynb #c7b32e80
 def _show(plan: Mapping[str, Stage], root: Path) -> None:
-    for stage in plan.values():
-        state = "done" if is_current(stage, plan, root) else "to do"
+    for stage, state in zip(plan.values(), stage_states(plan, root).values()):
         values = " ".join(f"-y '{json.dumps({k: v})}'" for k, v in stage.params.items())
         print(f"# {stage.name}: {state}\npapermill {stage.notebook} {stage.executed} -k python3 {values}".rstrip())
 
@@ -570,7 +601,7 @@ def main(
             return reproduce(root, profile=args.profile, data=args.data, overrides=overrides, cores=args.cores, dry_run=args.dry_run, extra=args.snakemake)
         plan = load_plan(root, profile=args.profile, data=args.data, overrides=overrides)
         if args.command == "show": _show(plan, root)
-        elif args.command == "report": print(write_plan_report(plan, root, profile=args.profile))
+        elif args.command == "report": print(write_plan_report(plan, root, profile=args.profile, data=args.data))
         elif args.command == "keep": print("\n".join(map(str, keep_results(plan, root, profile=args.profile))))
         else: print(f"{args.stage}: done, see {run_stage(args.stage, plan, root, if_needed=args.if_needed)}")
     except (InputError, NotebookFailure) as e:

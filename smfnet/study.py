@@ -135,19 +135,20 @@ def measure_set(
             if is_medical(place.name): table["black kept"] = [black_kept(**files) for files in match_files(**folders).values()]
     return tables
 
-# %% ../nbs/08_report/08_study.ipynb #793e8e1c
+# %% ../nbs/08_report/08_study.ipynb #b75e4e7b
 def summarise_sets(
     tables: Mapping[tuple[str, str], pd.DataFrame],  # (set, method) -> images × metrics
     *,
     origin: Mapping[tuple[str, str], str] | None = None,  # (set, method) -> where the images came from
-) -> pd.DataFrame:  # index (set, method, metric); columns mean, low, high, n, undefined, protocol, origin
+    seeds: Mapping[tuple[str, str], int] | None = None,  # (set, method) -> seed of the training behind it, where there was one
+) -> pd.DataFrame:  # index (set, method, metric); columns mean, low, high, n, undefined, protocol, origin, seed
     "Means over images with bootstrap intervals, for all methods of all sets."
     if not tables: raise InputError("sets: nothing was measured; name at least one set that has fused images")
     parts = {}
     for key, table in tables.items():
         part = summarise(table)
         part["protocol"] = [m.partition("@")[2] or table.attrs.get("protocol") for m in part.index]
-        parts[key] = part.assign(origin=(origin or {}).get(key, ""))
+        parts[key] = part.assign(origin=(origin or {}).get(key, ""), seed=(seeds or {}).get(key))
     return pd.concat(parts, names=["set", "method", "metric"])
 
 # %% ../nbs/08_report/08_study.ipynb #7decd27d

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from smfnet.checks import InputError
-from smfnet.pipeline import NotebookFailure, load_plan, main, project_root, reproduce, run_notebook, run_stage
+from smfnet.pipeline import NotebookFailure, load_plan, main, project_root, reproduce, run_notebook, run_stage, stage_states
 
 ROOT = Path(__file__).resolve().parents[1]
 pytest.importorskip("papermill")
@@ -40,6 +40,13 @@ ALONE = """
     notebook: count.ipynb
     outputs: ["{out}/numbers"]
     params: {out: "{out}", length: 2}
+"""
+LAST = """
+  last:
+    notebook: total.ipynb
+    after: [total]
+    outputs: ["{out}/total.json"]
+    params: {numbers: "{total}", out: "{out}", figures: "{out}/pictures"}
 """
 COUNT = ("out: str = 'runs/demo/count'  # folder of the stage\nlength: int = 2  # how many numbers\nseed: int = 0  # first number",
          "from pathlib import Path\n\nfrom tqdm import tqdm",
@@ -211,6 +218,32 @@ def test_failure_stops_only_what_depends_on_it(lab, capfd):
     assert "length is -1" in (lab / "runs/demo/count/executed.ipynb").read_text()
     before = stamps(lab)
     assert reproduce(lab) == 0 and reran(lab, before) == {"count", "total"}
+
+
+@snakemake
+def test_nothing_behind_a_failure_counts_as_done(lab, capfd):
+    """A stage two steps behind a failed one keeps its file, but is called stale in summary, report and exit status."""
+    (lab / "nbs/experiments/profiles.yaml").write_text(PROFILES.replace("profiles:", LAST.strip("\n") + "\nprofiles:"))
+    assert reproduce(lab) == 0
+    capfd.readouterr()
+    changed = {"count.length": -1}
+    assert reproduce(lab, overrides=changed) != 0
+    assert stage_states(load_plan(lab, overrides=changed), lab) == {"count": "failed", "total": "stale", "last": "stale"}
+    shown, page = capfd.readouterr().out, (lab / "runs/demo/report.html").read_text()
+    assert shown.count("NOT DONE: stale") == 2 and "total, last: made from other code" in page and "done</span>" not in page
+    assert reproduce(lab) == 0 and set(stage_states(load_plan(lab), lab).values()) == {"done"}
+
+
+def test_a_file_named_by_a_parameter_is_an_input(lab):
+    """Other contents under the same name make the stage stale, and its checksum is in the record."""
+    weights = lab / "mine.bin"
+    weights.write_text("one")
+    plan = load_plan(lab, overrides={"count.out": "runs/demo/count", "total.data": str(weights)})
+    for name in plan: run_stage(name, plan, lab, progress=False)
+    assert str(weights) in json.loads((lab / "runs/demo/total/provenance.json").read_text())["inputs"]
+    assert stage_states(plan, lab)["total"] == "done"
+    weights.write_text("two")
+    assert stage_states(plan, lab) == {"count": "done", "total": "stale"}
 
 
 @snakemake
