@@ -54,22 +54,25 @@ def read_summary(
     except (ValueError, pd.errors.ParserError) as e: raise InputError(f"{path}: is not a table ({e}); run the stage 'evaluate' again") from e
     return _need(frame, _MEASURED, ("mean", "low", "high", "n"), str(path))
 
-# %% ../nbs/08_report/04_tables.ipynb #b5b20805
+# %% ../nbs/08_report/04_tables.ipynb #bc06dcbb
 def over_seeds(
     measured: pd.DataFrame,  # rows, with or without the column seed
 ) -> pd.DataFrame:  # one row a set, method and metric, with spread and n_seeds
-    "Mean and standard deviation over seeds; rows of a single seed keep their interval. `InputError` for doubled rows."
+    "Mean and standard deviation over seeds; rows of a single seed keep their interval. `InputError` for doubled rows and for rows without a seed beside others."
     keys = ["set", "method", "metric"]
     measured = _need(measured, _MEASURED, ("mean", "low", "high", "n"), "measured")
     measured = measured if "seed" in measured else measured.assign(seed=np.nan)
+    measured = measured[~(measured["seed"].isna() & measured.duplicated())]  # what needs no training is the same in every run
     doubled = measured[measured.duplicated([*keys, "seed"])]
     if len(doubled): raise InputError(f"measured: {' '.join(map(str, doubled.iloc[0][keys]))} is there twice; keep one, or give a seed to each")
     groups = measured.groupby(keys, sort=False)
+    alone = measured["seed"].isna() & (groups["mean"].transform("size") > 1)
+    if alone.any(): raise InputError(f"measured: {' '.join(map(str, measured.loc[alone, keys].iloc[0]))} has a row without a seed beside rows with one; name its seed, or leave it out")
     if (unequal := groups["n"].nunique() > 1).any():
         raise InputError(f"measured: {' '.join(unequal[unequal].index[0])} has another number of images for another seed; measure the same images")
     result = groups.first()
     result["mean"], result["spread"] = groups["mean"].mean(), groups["mean"].std()
-    result["n_seeds"] = groups["seed"].nunique().clip(lower=1)
+    result["n_seeds"] = groups.size()
     result.loc[result["n_seeds"] > 1, ["low", "high"]] = np.nan
     return result.drop(columns="seed").reset_index()
 

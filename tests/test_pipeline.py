@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from smfnet.checks import InputError
-from smfnet.pipeline import NotebookFailure, load_plan, main, project_root, reproduce, run_notebook, run_stage, stage_states
+from smfnet.pipeline import (
+    NotebookFailure,
+    load_plan,
+    main,
+    project_root,
+    reproduce,
+    run_notebook,
+    run_stage,
+    stage_states,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 pytest.importorskip("papermill")

@@ -7,10 +7,12 @@ import pandas as pd
 import pytest
 
 from smfnet.checks import InputError, golden_file
-from smfnet.claims import MEASURED, VERDICTS, load_claims, verdicts
+from smfnet.claims import MEASURED, PAIRED, VERDICTS, ablation_rows, load_claims, measured_rows, run_presets, verdicts
 from smfnet.metrics.protocols import METRICS
+from smfnet.network import SMFNet
 from smfnet.published import COLUMNS, FINDING, TABLES, audit, claim_cells, load_published, wide
 from smfnet.registry import registry
+from smfnet.study import expected_images
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "data" / "published"
@@ -214,8 +216,14 @@ def test_claims_speak_of_what_is_printed(claims, published):
 def measured_like_print(published: pd.DataFrame, **columns) -> pd.DataFrame:
     """Made-up measurements that equal the printed values."""
     rows = published.rename(columns={"value": "mean"}).drop_duplicates(["set", "method", "metric"])
-    rows = rows.assign(low=rows["mean"] - 0.01, high=rows["mean"] + 0.01, n=25, preset="paper", complete_set=True)
-    return rows.assign(**columns)[list(MEASURED)]
+    rows = rows.assign(low=rows["mean"] - 0.01, high=rows["mean"] + 0.01, n=25, preset="paper", complete_set=True, half_interval=1e-6, n_paired=3)
+    return with_differences(rows.assign(**columns))[[*MEASURED, *PAIRED]]
+
+
+def with_differences(rows: pd.DataFrame) -> pd.DataFrame:
+    """Differences to our rows of the same set and metric, as an ablation measures them."""
+    ours = rows[rows["method"] == "ours"].set_index(["set", "metric"])["mean"]
+    return rows.assign(difference=rows["mean"].to_numpy() - ours.reindex(pd.MultiIndex.from_frame(rows[["set", "metric"]])).to_numpy())
 
 
 @pytest.mark.parametrize(("scale", "columns", "reason"), [
@@ -225,11 +233,11 @@ def measured_like_print(published: pd.DataFrame, **columns) -> pd.DataFrame:
     ("full", {"complete_set": False}, "25 images are not the complete test set"),
 ])
 def test_small_runs_decide_nothing(claims, published, scale, columns, reason):
-    """One missing condition is enough, whatever the numbers are; every row says why and still shows the numbers."""
+    """One missing condition is enough for all that depends on a network, whatever the numbers are; every row says why and still shows the numbers."""
     found = verdicts(claims, measured_like_print(published, **columns), scale, published=published)
-    assert len(found) == len(claims) and set(found["verdict"]) == {"not testable"}
+    assert len(found) == len(claims) and set(found.loc[claims["kind"].ne("count").to_numpy(), "verdict"]) == {"not testable"}
     judged = found[claims["kind"].eq("rank").to_numpy()]
-    assert judged["reason"].str.contains(reason).all() and judged["shows"].str.contains("rank").all()
+    assert judged["reason"].str.contains(reason).all() and judged["shows"].str.contains("rank|nothing to compare with").all()
 
 
 def test_full_runs_decide(claims, published):
@@ -248,7 +256,7 @@ def test_worse_numbers_are_not_reproduced(claims, published):
     """When our rows fall, ranks and ablations are refuted."""
     rows = measured_like_print(published)
     rows.loc[rows["method"] == "ours", ["mean", "low", "high"]] *= 0.5
-    found = verdicts(claims, rows, "full", published=published).set_index("id")
+    found = verdicts(claims, with_differences(rows), "full", published=published).set_index("id")
     assert (found.loc[["3.2-e", "3.2-h", "3.2-j", "3.3-a", "4-a", "4-i"], "verdict"] == "not reproduced").all()
 
 
@@ -277,6 +285,64 @@ def test_ablations_never_mix_measured_and_printed(claims, published):
     ours = measured_like_print(published)[lambda d: d["method"] == "ours"]
     found = verdicts(claims, ours, "full", published=published).set_index("id")
     assert found.loc["4-a", "verdict"] == "not testable" and "not measured: inn on RoadScene" in found.loc["4-a", "reason"]
+
+
+@pytest.mark.parametrize(("half", "seeds", "verdict", "reason"), [
+    (0.5, 3, "not testable", "the interval of the difference holds 0"),
+    (float("nan"), 1, "not testable", "one seed"),
+    (1e-6, 3, "reproduced", "holds in 4 of 4"),
+])
+def test_noise_decides_no_ablation(claims, published, half, seeds, verdict, reason):
+    """A difference of 0.0001 counts only where it is larger than half of its interval."""
+    rows = measured_like_print(published).query("method in ['ours', 'inn'] and set == 'RoadScene'").drop_duplicates(["method", "metric"])
+    rows = with_differences(rows.assign(mean=rows["method"].map({"ours": 1.0001, "inn": 1.0}), half_interval=half, n_paired=seeds))
+    found = verdicts(claims[claims["id"] == "4-a"], rows, "full", published=published).iloc[0]
+    assert found["verdict"] == verdict and reason in found["reason"]
+    if seeds > 1:  # the opposite difference is judged by the same rule
+        found = verdicts(claims[claims["id"] == "4-a"], rows.assign(difference=-rows["difference"]), "full", published=published).iloc[0]
+        assert found["verdict"] == {"reproduced": "not reproduced"}.get(verdict, verdict)
+
+
+def test_rows_of_an_ablation_keep_their_paired_interval(published):
+    """Half of Student's interval of the differences, seed by seed; one seed has none."""
+    def rows(seeds): return pd.DataFrame([{"config": c, "seed": i, "set": "RoadScene", "stem": "a", "metric": "EN", "value": v, "protocol": "p", "conditions": "c", "revision": "r"}
+                                          for c, values in (("ours", (7.0, 8.0, 9.0)), ("inn", (6.9, 7.8, 8.7))) for i, v in enumerate(values[:seeds])])
+    def inn(seeds): return ablation_rows(rows(seeds), published=published, preset="paper", expected=lambda name: None).set_index("method").loc["inn"]
+    assert inn(3)["half_interval"] == pytest.approx(4.302653 * 0.1 / 3 ** 0.5, rel=1e-5) and inn(3)["difference"] == pytest.approx(-0.2)
+    assert pd.isna(inn(1)["half_interval"]) and inn(1)["n_paired"] == 1 and inn(3)["complete_set"] is None
+
+
+@pytest.mark.parametrize(("name", "claim", "n", "verdict", "reason"), [
+    ("TNO", "3.1-a", 25, "reproduced", "has 25 pairs"), ("MRI-CT", "3.5-a", 21, "not reproduced", "has 21 pairs, not 20"),
+    ("MSRS", "3.1-c", 25, "not testable", "25 images are not the complete test set"), ("scenes", "3.1-a", 12, "not testable", "nothing measured"),
+])
+def test_counts_need_whole_sets_and_nothing_else(claims, published, name, claim, n, verdict, reason):
+    """Neither weights nor scale have a say in how many pairs there are."""
+    raw = pd.DataFrame({"set": [name], "method": "ours", "metric": "EN", "mean": 6.0, "low": 5.0, "high": 7.0, "n": n})
+    found = verdicts(claims, measured_rows(raw, preset="tiny", expected=expected_images), "real", published=published).set_index("id").loc[claim]
+    assert found["verdict"] == verdict and found["reason"].endswith(reason)
+
+
+def test_tasks_are_ranked_among_measured_rows(claims, published):
+    """Printed detectors are no rivals; with all of them measured on a whole set, the claim is judged."""
+    rows = measured_like_print(published)
+    claim = claims[claims["id"] == "3.3-c"]
+    found = verdicts(claim, rows[rows["method"] == "ours"].assign(complete_set=None), "full", published=published).iloc[0]
+    assert found["verdict"] == "not testable" and "size of the test set of M3FD unknown" in found["reason"] and "rank" not in found["shows"]
+    few = verdicts(claim, rows[rows["method"].isin(["ours", "U2Fusion"])], "full", published=published).iloc[0]
+    assert few["verdict"] == "not testable" and "measured are 1 of" in few["reason"] and "rank 1 of 2" in few["shows"]
+    assert verdicts(claim, rows, "full", published=published).iloc[0]["verdict"] == "reproduced"
+
+
+def test_weights_of_a_run_without_their_record_are_not_the_papers(tmp_path):
+    """No record, no weights, and weights that say nothing of their training."""
+    with pytest.raises(InputError, match="run the stage 'fuse'"):
+        run_presets(tmp_path / "provenance.json")
+    (tmp_path / "provenance.json").write_text(json.dumps({"params": {"weights": str(tmp_path / "w.safetensors"), "models": {"released": "x.pth"}}}))
+    with pytest.raises(InputError, match="no such weights file"):
+        run_presets(tmp_path / "provenance.json")
+    SMFNet("paper").save(tmp_path / "w.safetensors")
+    assert run_presets(tmp_path / "provenance.json") == {"ours": "paper, not trained by the notebook train", "released": "unknown (x.pth does not say how it was trained)"}
 
 
 def test_missing_cells_leave_a_claim_open(claims, published):

@@ -105,6 +105,14 @@ def test_rows_without_a_seed_beside_rows_with_one():
     assert both.loc[("maximum", "EN"), ["low", "high", "n_seeds"]].tolist() == [6.0, 7.0, 1] and both.loc[("ours", "EN"), "n_seeds"] == 2
 
 
+@pytest.mark.parametrize("seeds", [(None, 1), (None, 1, 2), (None, None), (1, 1), (0, 1, 1)])
+def test_seeds_that_do_not_tell_rows_apart_are_refused(seeds):
+    """A first run without a seed beside later ones, or a seed that occurs twice, gives no mean; the message names the row."""
+    rows = pd.concat([measured({"ours": (6.0 + i, 2.0, 1.0)}, **({} if s is None else {"seed": s})) for i, s in enumerate(seeds)])
+    with pytest.raises(InputError, match="TNO ours EN (has a row without a seed|is there twice)"):
+        over_seeds(rows)
+
+
 def test_names_meet_in_spite_of_their_spelling():
     assert len({name_key(n) for n in ("TarDAL", "TarDal[1]", "tar-dal", "Tar_DAL")}) == 1
     assert name_key("Ours") != name_key("Ours*") == name_key("ours-medical")
@@ -199,7 +207,7 @@ def test_the_csv_gives_the_table_back(tmp_path):
 @pytest.mark.parametrize(("frame", "words"), [
     (MEASURED.drop(columns="low"), "lacks the columns low"),
     (MEASURED.assign(mean="x"), "holds text"),
-    (pd.concat([MEASURED, MEASURED[:1]]), "twice"),
+    (pd.concat([MEASURED, MEASURED[:1].assign(mean=9.0)]), "twice"),
     (pd.concat([MEASURED, measured({"DIDFuse": (1, 1, 1)})]), "did_fuse and DIDFuse"),
     (pd.concat([measured({"ours": (1, 1, 1)}, seed=0), measured({"ours": (1, 1, 1)}, seed=1, n=4)]), "same images"),
 ])
