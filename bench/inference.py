@@ -1,16 +1,18 @@
 """Latency, arithmetic and peak memory of fusion over picture sizes: `make bench`, or `python -m bench.inference --help`.
 
-Implementations, all of the paper's size with the same weights:
+Implementations, all of the paper's size with the same weights, or of the shipped network with `--preset tiny`:
 
-  literal   the untuned second implementation, bench/literal.py
+  literal   the untuned second implementation, bench/literal.py (of the paper's size only)
   network   the network as it is trained, `SMFNet.fuse`
   prepared  `prepare_for_inference`, with the memory that is free
   streamed  the same with a budget for the fewest feature maps, three
   onnx      the exported network on ONNX Runtime, if that is installed
 
 Every cell of the table runs in a process of its own under a memory limit, so that peak memory belongs to one
-implementation and one size. What does not fit says so; what would need a fifth more than the limit, judged by the
-largest size so far, is left out and says that. What would take longer than a minute or so runs with `--slow`.
+implementation and one size. Peak memory counts what a pair takes on top of what the process holds after a pair of
+32x32 pixels; weights and what libraries load at their first call are not counted. What does not fit says so; what
+would need a fifth more than the limit, judged by the largest size so far, is left out and says that. What would take
+longer than a minute or so runs with `--slow`.
 The roofline is the rate of a matrix product in the same library, measured in the same call.
 """
 
@@ -28,6 +30,7 @@ from bench.run import _gflop, _models, _pair, _print_row, cell_environment, peak
 SIZES = ("128x128", "320x240", "640x480", "1280x960", "1920x1080", "2560x1440", "3840x2160")  # width x height
 IMPLEMENTATIONS = ("literal", "network", "prepared", "streamed", "onnx")
 SECONDS_PER_MEGAPIXEL = {"literal": 370, "network": 120, "prepared": 45, "streamed": 45, "onnx": 150}  # rough, to know what is slow
+PRESETS = {"paper": 1.0, "tiny": 0.1}  # and their time for a picture, rough, relative to the paper's size
 PATIENCE = 60  # seconds; slower cells need --slow
 SCRATCH = Path("runs", "bench")
 
@@ -48,26 +51,34 @@ def _prepared(model, size: str, fewest_maps: bool):
     return prepare_for_inference(model, max_memory=budget if fewest_maps else None)
 
 
-def _method(name: str, size: str, threads: int):
+def _model(name: str, preset: str):
+    "The network behind an implementation: with the weights of the literal version, or the shipped one."
+    if preset == "paper":
+        return _models()["literal" if name == "literal" else "smfnet"].eval()
+    from smfnet.network import SMFNet
+
+    return SMFNet.from_pretrained(preset)
+
+
+def _method(name: str, size: str, args):
     "An object with `fuse`."
+    model = _model(name, args.preset)
     if name == "onnx":
         from smfnet.onnx_export import OnnxModel, export_onnx
 
-        path = SCRATCH / "paper.onnx"
+        path = SCRATCH / f"{args.preset}.onnx"
         if not path.exists():
-            export_onnx(_models()["smfnet"], path)
-        return OnnxModel(path, threads=threads or None)
-    models = _models()
-    if name in ("literal", "network"):
-        return models["literal" if name == "literal" else "smfnet"]
-    return _prepared(models["smfnet"].eval(), size, name == "streamed")
+            export_onnx(model, path)
+        return OnnxModel(path, threads=args.threads or None)
+    return model if name in ("literal", "network") else _prepared(model, size, name == "streamed")
 
 
 def fuse_cell(name: str, size: str, args) -> dict:
     "Seconds (best) and peak memory of one fused pair; the result is saved for comparison."
     import torch
 
-    method, pair = _method(name, size, args.threads), _pair(*map(int, size.split("x")))
+    method, pair = _method(name, size, args), _pair(*map(int, size.split("x")))
+    method.fuse(**_pair(32, 32))  # starts the libraries
     start, times = peak_bytes(reset=True), []
     while len(times) < args.repeats and (not times or sum(times) + times[-1] < 2 * PATIENCE):
         begin = time.perf_counter()
@@ -86,8 +97,7 @@ def count_cell(name: str, size: str, args) -> dict:
     "Arithmetic per pixel, counted in float64, where every operation is one that the counter knows."
     from smfnet.inference import prepare_for_inference
 
-    model = {"literal": "literal", "network": "smfnet"}.get(name, "smfnet")
-    model = _models()[model].double().eval()
+    model = _model(name, args.preset).double()
     if name in ("prepared", "streamed"):
         import torch
 
@@ -132,14 +142,17 @@ def _limit(amount: int):
 
 def _run_cell(kind: str, name: str, size: str, args) -> dict:
     "One cell in a fresh process under the memory limit."
-    command = [sys.executable, "-m", "bench.inference", "--cell", kind, name, size, "--repeats", str(args.repeats), "--threads", str(args.threads)]
+    from smfnet.streaming import show_memory
+
+    command = [sys.executable, "-m", "bench.inference", "--cell", kind, name, size, "--preset", args.preset,
+               "--repeats", str(args.repeats), "--threads", str(args.threads)]
     limit = {} if sys.platform != "linux" else {"preexec_fn": _limit(args.limit)}
     done = subprocess.run(command, capture_output=True, text=True, env=cell_environment(name), **limit)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"
     full = done.returncode in (-9, 137) or any(word in done.stderr for word in ("allocate memory", "MemoryError", "bad_alloc", "Cannot allocate"))
-    return {"failed": f"does not fit into {args.limit / 1e9:.1f} GB" if full else last}
+    return {"failed": f"does not fit into {show_memory(args.limit)}" if full else last}
 
 
 def _has_onnx() -> bool:
@@ -159,7 +172,7 @@ def _memory_guess(name: str, size: str, done: dict) -> tuple[float, str] | None:
 
 def _cell(name: str, size: str, results: dict, args) -> dict:
     "Run or leave out one cell; add its arithmetic and its distance to the roofline."
-    counts, rate, guess = results["gflop_per_megapixel"], results["rate"]["gflops"], SECONDS_PER_MEGAPIXEL[name] * _pixels(size) / 1e6
+    counts, rate, guess = results["gflop_per_megapixel"], results["rate"]["gflops"], PRESETS[args.preset] * SECONDS_PER_MEGAPIXEL[name] * _pixels(size) / 1e6
     if guess > PATIENCE and not args.slow:
         return {"left out": f"about {guess:.0f} s; --slow runs it"}
     if (memory := _memory_guess(name, size, results["fuse"])) and memory[0] > 1.2 * args.limit:
@@ -227,12 +240,13 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(prog="python -m bench.inference", description=__doc__.splitlines()[0])
     p.add_argument("--sizes", nargs="+", default=list(SIZES), metavar="WxH", help="sizes to fuse (default: %(default)s)")
     p.add_argument("--methods", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS), help="implementations (default: all)")
+    p.add_argument("--preset", choices=PRESETS, default="paper", help="network: of the paper's size, or the shipped tiny one (default: %(default)s)")
     p.add_argument("--slow", action="store_true", help=f"also what takes longer than about {PATIENCE} s")
     p.add_argument("--train-size", default="128x128", metavar="WxH", help="patch of the training step; empty: none (default: %(default)s)")
     p.add_argument("--repeats", type=int, default=3, help="runs of each cell, the best counts (default: %(default)s)")
     p.add_argument("--threads", type=int, default=0, help="threads of PyTorch; 0: its own choice")
     p.add_argument("--limit", type=parse_memory, default=int(0.9 * free_memory()), metavar="SIZE", help="memory of each process (default: 90 %% of what is free)")
-    p.add_argument("--out", default="results/bench", metavar="DIR", help="receives inference.json, .svg and .png (default: %(default)s)")
+    p.add_argument("--out", default="results/bench", metavar="DIR", help="receives inference.json, .svg and .png, or inference-tiny.* (default: %(default)s)")
     p.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
     return p.parse_args(argv)
 
@@ -257,7 +271,7 @@ def _table(results: dict, args) -> None:
         for name, d in _differences(size).items():
             row[name]["difference"] = d
         _print_summary(size, row)
-    if args.train_size:
+    if args.train_size and args.preset == "paper":
         results["train"] = {args.train_size: {n: _run_cell("train", n, args.train_size, args) for n in ("literal", "smfnet")}}
         _print_row("train", args.train_size, results["train"][args.train_size])
 
@@ -271,20 +285,24 @@ def main(argv: list[str] | None = None) -> int:
     SCRATCH.mkdir(parents=True, exist_ok=True)
     for old in [*SCRATCH.glob("*.pt"), *SCRATCH.glob("*.onnx")]:
         old.unlink()
-    methods = [n for n in IMPLEMENTATIONS if n in args.methods and (n != "onnx" or _has_onnx())]
+    rate = _run_cell("rate", "-", "0x0", args)
+    if "failed" in rate:
+        print(f"bench: error: a matrix product cannot be timed ({rate['failed']}); repair that or give another --limit", file=sys.stderr)
+        return 2
+    methods = [n for n in IMPLEMENTATIONS if n in args.methods and (n != "onnx" or _has_onnx()) and (n != "literal" or args.preset == "paper")]
     counts = {n: _run_cell("count", n, "64x64", args) for n in ("literal", "network", "prepared") if n in methods or n == "prepared"}
     counts = {n: c["gflop_per_megapixel"] for n, c in counts.items() if "failed" not in c}
     if "prepared" in counts:
         counts["streamed"] = counts["prepared"]
-    results = {"fuse": {}, "methods": methods, "gflop_per_megapixel": counts, "rate": _run_cell("rate", "-", "0x0", args)}
-    print(f"matrix products: {results['rate']['gflops']:.0f} GFLOP/s on {results['rate']['threads']} threads; memory limit {args.limit / 1e9:.1f} GB", flush=True)
+    results = {"preset": args.preset, "fuse": {}, "methods": methods, "gflop_per_megapixel": counts, "rate": rate}
+    print(f"{args.preset} network; matrix products: {rate['gflops']:.0f} GFLOP/s on {rate['threads']} threads; memory limit {args.limit / 1e9:.1f} GB", flush=True)
     _table(results, args)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    draw(results, out / "inference")
-    write_json(out / "inference.json", {**results, "limit": args.limit, "environment": environment(), "git": git_revision(),
+    out = Path(args.out, "inference" if args.preset == "paper" else f"inference-{args.preset}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw(results, out)
+    write_json(out.with_suffix(".json"), {**results, "limit": args.limit, "environment": environment(), "git": git_revision(),
                                         "command": ["python", "-m", "bench.inference", *(argv or sys.argv[1:])]})
-    print(f"written: {out / 'inference.json'}, .svg, .png")
+    print(f"written: {out}.json, .svg, .png")
     rows = [*results["fuse"].values(), *results.get("train", {}).values()]
     return int(any("failed" in c and "does not fit" not in c["failed"] for row in rows for c in row.values()))
 

@@ -24,7 +24,7 @@ from .interop import load_released
 from .network import SMFNet
 from .streaming import parse_memory
 
-# %% ../nbs/05_fusion/01_fusion.ipynb #16437c66
+# %% ../nbs/05_fusion/01_fusion.ipynb #2db12e9f
 def pick_device(
     name: str = "auto",  # "auto": a GPU if there is one; or "cpu", "cuda", "cuda:1" ...
 ) -> torch.device:
@@ -37,7 +37,7 @@ def pick_device(
     return device
 
 def _load_file(path: Path) -> nn.Module:
-    if not path.is_file(): raise InputError(f"{path}: no such weights file; give a .safetensors file or 'tiny'")
+    if not path.is_file(): raise InputError(f"{path}: no such weights file; give 'tiny' (shipped), the authors' checkpoint, or a .safetensors file of your own (make reproduce trains one)")
     try:
         if path.suffix.lower() != ".safetensors": return load_released(path)
         try: return SMFNet.load(path)
@@ -58,7 +58,7 @@ def load_model(
     model = SMFNet.from_pretrained(name) if shipped else _load_file(Path(name).expanduser())
     return model.to(target).eval()
 
-# %% ../nbs/05_fusion/01_fusion.ipynb #3506821d
+# %% ../nbs/05_fusion/01_fusion.ipynb #160f39c8
 def _stretched(fused: np.ndarray) -> np.ndarray:
     lo, hi = fused.min(), fused.max()
     return (fused - lo) / (hi - lo) if hi > lo else fused
@@ -75,8 +75,8 @@ def _run(model, vis: Picture, ir: Picture) -> np.ndarray:
         with torch.inference_mode(): return model.fuse(**x)[0, 0].float().cpu().numpy()
     except (RuntimeError, MemoryError) as e:
         if not _no_memory(e): raise
-        h, w = vis.size
-        raise InputError(f"{vis.path}: {w}×{h} pixels do not fit into the memory of {device}; fuse a smaller image") from e
+        (h, w), budget = vis.size, "give a smaller max_memory (--max-memory) or " if hasattr(model, "max_memory") else ""
+        raise InputError(f"{vis.path}: {w}×{h} pixels do not fit into the memory of {getattr(model, 'device', device)}; {budget}fuse a smaller image") from e
 
 def fuse_pictures(
     model,  # anything with fuse(vis=, ir=) on B×1×H×W tensors in [0,1]; a module must be in evaluation mode

@@ -6,11 +6,12 @@
 __all__ = ['Plane', 'RELU6', 'GELU', 'MIN_TILE', 'Box', 'Patch', 'fused_convolutions', 'Convolution', 'FeatureMap', 'Sweep',
            'worker_threads', 'Gram', 'gram', 'parse_memory', 'show_memory', 'free_memory']
 
-# %% ../nbs/05_fusion/03_streaming.ipynb #3a940674
+# %% ../nbs/05_fusion/03_streaming.ipynb #445a91fc
 import functools
 import math
 import mmap
 import re
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -151,11 +152,12 @@ def _convolve(self: Convolution, x: Tensor, padding: list[int], add: Tensor | No
     if add is None: return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, *rest, self.name, self.numbers, "none")
     return torch.ops.mkldnn._convolution_pointwise.binary(x, add, self.packed, self.bias, *rest, "add", 1.0, None, [], None)
 
-# %% ../nbs/05_fusion/03_streaming.ipynb #db2862e5
+# %% ../nbs/05_fusion/03_streaming.ipynb #49e94541
 def _pages(count: int, dtype: torch.dtype) -> Tensor:
     "Memory of its own for `count` numbers, in large pages where the system has them."
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}  # not on Windows
-    memory = mmap.mmap(-1, count * dtype.itemsize, **private)
+    try: memory = mmap.mmap(-1, count * dtype.itemsize, **private)
+    except OSError as e: raise MemoryError(f"{count * dtype.itemsize / 1e9:.1f} GB for a feature map cannot be had ({e.strerror or e})") from e
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try: memory.madvise(mmap.MADV_HUGEPAGE)
         except OSError: pass  # a kernel without large pages
@@ -224,7 +226,7 @@ class Sweep:
             if len(waiting) > self.columns + 1: target.write(waiting.popleft(), add=add)
         for patch_ in waiting: target.write(patch_, add=add)
 
-# %% ../nbs/05_fusion/03_streaming.ipynb #101de6cf
+# %% ../nbs/05_fusion/03_streaming.ipynb #04b968a0
 def _in_order(pool: ThreadPoolExecutor, ahead: int, work: Callable, items: list) -> Iterator:
     "Results in the order of the items, computed by the pool, never more than `ahead` of them in advance."
     waiting = deque()
@@ -233,20 +235,30 @@ def _in_order(pool: ThreadPoolExecutor, ahead: int, work: Callable, items: list)
         if len(waiting) > ahead: yield waiting.popleft().result()
     while waiting: yield waiting.popleft().result()
 
+_SETTING = threading.Lock()
+
+def _set_own_threads(count: int) -> int:  # the number to go back to
+    "`torch.set_num_threads` for the calling thread alone; what beginners get stays."
+    with _SETTING, ThreadPoolExecutor(1) as helper:
+        beginners = helper.submit(torch.get_num_threads).result()
+        before = torch.get_num_threads()  # must come first: the first question makes a thread a beginner
+        torch.set_num_threads(count)
+        helper.submit(torch.set_num_threads, beginners).result()
+    return before if before > 1 else beginners
+
 @contextmanager
 def worker_threads(
     count: int,  # threads, each computing on one core
 ) -> Iterator[Callable]:  # like `map`, in order
-    "Compute tiles in threads; PyTorch's own number of threads is 1 meanwhile and restored at the end."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    "Compute tiles in threads; the caller's own number of threads is 1 meanwhile and restored at the end, other threads keep theirs."
+    before = _set_own_threads(1)
     try:
         if count == 1:
             yield map
             return
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(count, initializer=_set_own_threads, initargs=(1,)) as pool:
             yield lambda work, boxes: _in_order(pool, 2 * count, torch.no_grad()(work), boxes)  # gradient mode is a thread's own
-    finally: torch.set_num_threads(before)
+    finally: _set_own_threads(before)
 
 # %% ../nbs/05_fusion/03_streaming.ipynb #a99c979f
 @dataclass

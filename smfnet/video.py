@@ -125,7 +125,7 @@ def open_clip(
     files = tuple(sorted((f for fs in listed.values() for f in fs), key=_natural))
     return Clip(source, files, None, len(files))
 
-# %% ../nbs/05_fusion/06_video.ipynb #6927111e
+# %% ../nbs/05_fusion/06_video.ipynb #383298ba
 def _same(ir: Clip, vis: Clip, fps) -> None:
     "Compare what the two clips say of themselves."
     if os.path.samefile(ir.path, vis.path): raise InputError(f"{ir.path}: given as infrared and as visible; give the two modalities")
@@ -141,8 +141,9 @@ def _same(ir: Clip, vis: Clip, fps) -> None:
 def _rate(ir: Clip, vis: Clip, fps: float | None) -> Fraction:
     "Frames per second of the output: given, of the visible clip, of the infrared clip, or 25."
     if fps is None: return vis.rate or ir.rate or Fraction(25)
-    if not (np.isfinite(fps) and 0 < fps <= 1000): raise InputError(f"fps: {fps:g} is not a frame rate; give a number between 0 and 1000")
-    return Fraction(fps).limit_denominator(1001)
+    rate = Fraction(fps).limit_denominator(1001) if np.isfinite(fps) else 0
+    if not 0 < rate <= 1000: raise InputError(f"fps: {fps:g} is not a frame rate; give a number between 0.001 and 1000")
+    return rate
 
 # %% ../nbs/05_fusion/06_video.ipynb #56f2020a
 def _first_range(px: Pixels) -> tuple[float, float] | None:
@@ -161,7 +162,16 @@ def _picture(name: Path, px: Pixels, modality: str, range=None, how: str = "give
     if luminance.min() == luminance.max(): object.__setattr__(picture, "notes", (*picture.notes, "every pixel has the same value"))
     return picture
 
-# %% ../nbs/05_fusion/06_video.ipynb #e7bd1135
+# %% ../nbs/05_fusion/06_video.ipynb #72652d1f
+def _depth(px: Pixels) -> str:
+    return f"levels from 0 to {px.full:.0f}" if px.full else f"{px.values.dtype} values"
+
+def _same_depth(name: Path, px: Pixels, first: Pixels, range) -> None:
+    "Raise `InputError` for an infrared frame of other units than the first one's, if one range is to serve both."
+    if px.full != first.full and range != "frame":
+        raise InputError(f"{name}: has {_depth(px)}, the first infrared frame has {_depth(first)}, and one range cannot serve both; "
+                         "store all frames alike, or let each have its own range (--range-per-frame)")
+
 @dataclass(frozen=True, eq=False)
 class FramePair:
     "One pair of frames on its way through the pipeline."
@@ -176,13 +186,15 @@ def pair_frames(
     range=None,  # (lo, hi), None: that of the first frame that has one, or "frame": each its own
 ) -> Iterator[FramePair]:
     "Decode both clips in step; `InputError` names the frame or the clip that does not fit."
-    left, right, number, how = ir.frames(), vis.frames(), 0, "given"
+    left, right, number, how, first = ir.frames(), vis.frames(), 0, "given", None
     while True:
         (a_name, a), (b_name, b) = next(left, (None, None)), next(right, (None, None))
         if a is None and b is None: return
         if a is None or b is None:
             short, long = (ir, vis) if a is None else (vis, ir)
             raise InputError(f"{short.path}: ends after frame {number}, but {long.path} goes on; cut both to the same length")
+        first = first or a
+        _same_depth(a_name, a, first, range)
         if range is None and (range := _first_range(a)): how = "robust range of this frame, kept for all"
         number += 1
         scaled = _picture(a_name, a, "ir", None if range == "frame" else range, how)
@@ -318,7 +330,17 @@ def close(self: VideoFile) -> None:
     try: self._encode(None)
     finally: self._container.close()
 
-# %% ../nbs/05_fusion/06_video.ipynb #788946ab
+# %% ../nbs/05_fusion/06_video.ipynb #7ea27090
+def _png_name(number: int, source: Path, numbered: bool) -> str:
+    return f"{number:06d}.png" if numbered else f"{source.stem}.png"
+
+def _no_other_frames(out: Path, ir: Clip, vis: Clip) -> None:
+    "Raise `InputError` if the folder holds an image that will not be replaced."
+    sources = vis.files or [vis.path] * (vis.count or ir.count or 0)
+    new = {_png_name(i, f, not vis.files) for i, f in enumerate(sources, 1)}
+    old = sorted(f.name for files in list_images(out).values() for f in files if f.name not in new)
+    if old: raise InputError(f"{out}: holds {old[0]}{', …' * (len(old) > 1)}, which may stay there among the new frames; empty the folder or choose another")
+
 class PngFolder:
     "A folder that receives one PNG a frame, named like the visible frame, or by number if that comes from a video."
     def __init__(
@@ -334,17 +356,18 @@ class PngFolder:
     ) -> None:
         "Write a frame, complete or not at all."
         pair, fused = item
-        write_image(self.path / (f"{pair.number:06d}.png" if self.numbered else f"{pair.vis.path.stem}.png"), fused, pair.vis.chroma, bits=pair.vis.bits)
+        write_image(self.path / _png_name(pair.number, pair.vis.path, self.numbered), fused, pair.vis.chroma, bits=pair.vis.bits)
         self.frames += 1
 
-# %% ../nbs/05_fusion/06_video.ipynb #26e48710
+# %% ../nbs/05_fusion/06_video.ipynb #9d67685d
 def _target(out: str | Path, ir: Clip, vis: Clip) -> Path:
-    "The output, neither a source nor of an unknown kind."
+    "The output, neither a source nor of an unknown kind nor a folder of other frames."
     out = Path(out).expanduser()
     if out.suffix and not out.is_dir() and out.suffix.lower() not in VIDEOS:
         raise InputError(f"{out}: video is written as {' or '.join(VIDEOS)}; a name without an ending is a folder of PNG")
     if out.exists() and any(os.path.samefile(out, c.path) for c in (ir, vis)):
         raise InputError(f"{out}: is a source and would be overwritten; choose another output")
+    if out.is_dir(): _no_other_frames(out, ir, vis)
     return out
 
 @contextlib.contextmanager

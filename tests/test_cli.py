@@ -103,7 +103,7 @@ class Malicious:
     (("--out out", "--out w.safetensors/deeper"), "cannot be written"),
     (("--out out", "--out /proc/none"), "/proc/none: cannot be written"),
     (("--out out", "--out vi"), "vi: is a source folder"),
-    (("w.safetensors", "none.safetensors"), "none.safetensors: no such weights file"),
+    (("w.safetensors", "none.safetensors"), "none.safetensors: no such weights file; give 'tiny' (shipped), the authors' checkpoint, or"),
     (("w.safetensors", "huge"), "'huge'"),
     (("w.safetensors", "ir/a.png"), "ir/a.png"),
     (("w.safetensors", "evil.pth"), "evil.pth: refused"),

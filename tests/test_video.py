@@ -172,6 +172,8 @@ def stock(tmp_path_factory):
         write_video(root / f"{name}.mkv", frames, rate=rate)
     for name, frames in (("ir", ir), ("vis", vis), ("five", ir[:5]), ("double", ir), ("tiny", ir[:, :15])): write_frames(root / name, frames)
     write_frames(root / "gap", ir, start=2)
+    write_frames(root / "mixed", clip(bits=16))
+    write_frames(root / "mixed", ir[:1], start=3)
     for name, n in (("six", 6), ("four", 4)): write_video(root / f"{name}.mp4", ir[:n, :32, :46], codec="libx264")
     Image.fromarray(ir[0]).save(root / "double/f3.bmp")
     (root / "text.mkv").write_text("not a video")
@@ -210,6 +212,13 @@ def place(stock, tmp_path, monkeypatch):
     ({"vis": "deep.mkv", "out": "o.mp4"}, ("o.mp4", "holds 8 bits")),
     ({"range": (5, 5)}, ("range: 5 5",)),
     ({"fps": 0.0}, ("fps: 0",)),
+    ({"fps": 0.0001}, ("fps: 0.0001", "between 0.001")),
+    ({"fps": float("nan")}, ("fps: nan",)),
+    ({"ir": "mixed", "vis": "vis"}, ("mixed/f3.png: has levels from 0 to 255", "0 to 65535", "--range-per-frame")),
+    ({"ir": "mixed", "vis": "vis", "range": (0, 9000)}, ("mixed/f3.png",)),
+    ({"ir": "ir", "vis": "vis", "out": "gap"}, ("gap: holds f7.png, which", "empty the folder")),
+    ({"ir": "ir", "vis": "vis", "out": "double"}, ("double: holds f3.bmp, which",)),
+    ({"out": "ir"}, ("ir: holds f1.png, …, which",)),
 ])
 def test_bad_input_names_the_file(place, change, words):
     before = {p: p.read_bytes() for p in place.rglob("*") if p.is_file() and "partial" not in p.name}
@@ -263,6 +272,18 @@ def test_a_frame_of_another_kind(place):
     Image.fromarray(clip(1)[0]).save("vis/f4.png")
     with pytest.raises(InputError, match="vis/f4.png: frame 4 has another"): run("ir", "vis", "o.mkv")
     assert run("ir", "vis", "png").frames == 6 and [read_pixels(Path("png") / f"f{t}.png").values.ndim for t in (3, 4, 5)] == [3, 2, 3]
+
+
+def test_a_run_into_a_folder_may_be_repeated(place):
+    "By the names of the frames or their number, if the header states it; else the folder has to hold no image."
+    for name in ("six", "four"): shutil.copy(f"{name}.mp4", f"vis_{name}.mp4")
+    for _ in range(2): assert run("ir", "vis", "named").frames == run("six.mp4", "vis_six.mp4", "numbered").frames == 6
+    with pytest.raises(InputError, match="numbered: holds 000005.png, …, which"): run("four.mp4", "vis_four.mp4", "numbered")
+    assert run("i.mkv", "v.mkv", "unknown").frames == 6
+    with pytest.raises(InputError, match="unknown: holds 000001.png, …, which"): run("i.mkv", "v.mkv", "unknown")
+    for f in Path("unknown").iterdir(): f.unlink()
+    Path("unknown/notes.txt").touch()
+    assert run("i.mkv", "v.mkv", "unknown").frames == 6
 
 
 def test_a_full_disk_leaves_nothing(place, monkeypatch):
