@@ -13,7 +13,8 @@ implementation and one size. Peak memory counts what a pair takes on top of what
 32x32 pixels; weights and what libraries load at their first call are not counted. What does not fit says so; what
 would need a fifth more than the limit, judged by the largest size so far, is left out and says that. What would take
 longer than a minute or so runs with `--slow`.
-The roofline is the rate of a matrix product in the same library, measured in the same call.
+The roofline is the rate of a matrix product in the same library, measured in the same call. What stands between it and
+the prepared network is told by the last line, its time by kind of operator.
 """
 
 from __future__ import annotations
@@ -125,11 +126,35 @@ def rate_cell(name: str, size: str, args) -> dict:
     return {"gflops": max(rates.values()), "rates": rates, "threads": torch.get_num_threads()}
 
 
+KINDS_OF_WORK = {  # operators by what they do; the first kind that fits counts
+    "convolutions": ("convolution",), "matrix products": ("::mm", "::bmm", "::addmm"), "layer normalisation": ("layer_norm",),
+    "copies, joining, padding": ("copy_", "::cat", "fill_", "_pad", "clone", "contiguous"), "other operators": ("",)}
+
+
+def shares_cell(name: str, size: str, args) -> dict:
+    "Where the prepared network's time goes on one thread: shares by kind of operator."
+    from torch.profiler import ProfilerActivity, profile
+
+    from smfnet.inference import prepare_for_inference
+
+    model, pair = prepare_for_inference(_model("prepared", args.preset), threads=1), _pair(*map(int, size.split("x")))
+    model.fuse(**pair)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        begin = time.perf_counter()
+        model.fuse(**pair)
+        wall = time.perf_counter() - begin
+    spent = dict.fromkeys(KINDS_OF_WORK, 0.0)
+    for event in seen.key_averages():
+        kind = next(k for k, words in KINDS_OF_WORK.items() if any(w in event.key for w in words))
+        spent[kind] += event.self_cpu_time_total / 1e6
+    return {"size": size, "seconds": wall, "shares": {k: v / wall for k, v in spent.items()} | {"between operators": max(0.0, 1 - sum(spent.values()) / wall)}}
+
+
 def _train(name: str, size: str, args) -> dict:
     return train_cell(name, size, args.repeats)
 
 
-CELLS = {"fuse": fuse_cell, "count": count_cell, "rate": rate_cell, "train": _train}
+CELLS = {"fuse": fuse_cell, "count": count_cell, "rate": rate_cell, "shares": shares_cell, "train": _train}
 
 
 def _limit(amount: int):
@@ -199,6 +224,12 @@ def _print_cell(size: str, name: str, c: dict) -> None:
         return
     rest = f" {c['gflop']:9.1f} GFLOP {c['gflops']:7.1f} GFLOP/s {100 * c['of_roofline']:5.1f} % of roofline" if "gflop" in c else ""
     print(f"{size:>9} {name:8} {c['seconds']:9.3f} s {c['peak_mb']:8.0f} MB{rest}", flush=True)
+
+
+def _print_shares(cell: dict) -> None:
+    "What stands between the prepared network and the roofline."
+    text = cell.get("failed") or ", ".join(f"{k} {100 * v:.0f} %" for k, v in cell["shares"].items()) + f" ({cell['size']}, one thread, under a profiler)"
+    print(f"time of the prepared network: {text}")
 
 
 def _print_summary(size: str, cells: dict) -> None:
@@ -297,6 +328,9 @@ def main(argv: list[str] | None = None) -> int:
     results = {"preset": args.preset, "fuse": {}, "methods": methods, "gflop_per_megapixel": counts, "rate": rate}
     print(f"{args.preset} network; matrix products: {rate['gflops']:.0f} GFLOP/s on {rate['threads']} threads; memory limit {args.limit / 1e9:.1f} GB", flush=True)
     _table(results, args)
+    if "prepared" in methods:
+        results["shares"] = _run_cell("shares", "prepared", "320x240", args)
+        _print_shares(results["shares"])
     out = Path(args.out, "inference" if args.preset == "paper" else f"inference-{args.preset}")
     out.parent.mkdir(parents=True, exist_ok=True)
     draw(results, out)

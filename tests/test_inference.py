@@ -389,6 +389,8 @@ def test_the_tiny_network_is_timed(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out/inference-tiny.json").read_text())
     assert found["preset"] == "tiny" and found["methods"] == ["prepared"] and found["fuse"]["48x32"]["prepared"]["seconds"] > 0
+    shares = found["shares"]["shares"]
+    assert 0.2 < shares["convolutions"] < 1 and abs(sum(shares.values()) - 1) < 0.2 and "time of the prepared network: convolutions" in done.stdout
     paper = json.loads(bench(tmp_path, "--cell count prepared 48x32").stdout)["gflop_per_megapixel"]
     assert 0 < found["gflop_per_megapixel"]["prepared"] < paper / 10
 
