@@ -246,6 +246,7 @@ def draw(results: dict, path: Path) -> None:
     "Latency with the roofline, and peak memory, over megapixels; written as `path` with .svg and .png."
     import matplotlib.pyplot as plt
     import seaborn as sns
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     fig, axes = plt.subplots(1, 2, figsize=(10, 4))
     colours = dict(zip(IMPLEMENTATIONS, sns.color_palette("colorblind")))
@@ -258,7 +259,11 @@ def draw(results: dict, path: Path) -> None:
     if count and sizes:
         axes[0].plot(sizes, [count * x / rate for x in sizes], "k--", label=f"prepared at {rate:.0f} GFLOP/s")
     for ax, label in zip(axes, ("seconds", "peak memory of one pair, GB")):
-        ax.set(xscale="log", yscale="log", xlabel="megapixels", ylabel=label)
+        ax.set(xscale="log", yscale="log", xlabel="width × height, pixels", ylabel=label)
+        ax.set_xticks(sizes, [s.replace("x", "×") for s in results["fuse"]], rotation=30)
+        ax.minorticks_off()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         ax.legend(frameon=False)
     fig.tight_layout()
     for suffix in (".svg", ".png"):
@@ -313,6 +318,7 @@ def main(argv: list[str] | None = None) -> int:
         return _one_cell(args)
     from smfnet.provenance import environment, git_revision, write_json
 
+    git = git_revision()  # before the pictures, which would be changes
     SCRATCH.mkdir(parents=True, exist_ok=True)
     for old in [*SCRATCH.glob("*.pt"), *SCRATCH.glob("*.onnx")]:
         old.unlink()
@@ -334,7 +340,7 @@ def main(argv: list[str] | None = None) -> int:
     out = Path(args.out, "inference" if args.preset == "paper" else f"inference-{args.preset}")
     out.parent.mkdir(parents=True, exist_ok=True)
     draw(results, out)
-    write_json(out.with_suffix(".json"), {**results, "limit": args.limit, "environment": environment(), "git": git_revision(),
+    write_json(out.with_suffix(".json"), {**results, "limit": args.limit, "environment": environment(), "git": git,
                                         "command": ["python", "-m", "bench.inference", *(argv or sys.argv[1:])]})
     print(f"written: {out}.json, .svg, .png")
     rows = [*results["fuse"].values(), *results.get("train", {}).values()]
