@@ -504,14 +504,18 @@ def write_plan_report(
     records = [StageRecord(s.name, str(root / s.notebook), root / s.folder, states[s.name], place(s), s.after, kept[s.name]) for s in plan.values()]
     return write_report(records, root / "runs" / profile / "report.html", title=f"Reproduction, profile {profile}", notices=missing_sets(root, profile=profile, data=data))
 
-# %% ../nbs/09_app/01_pipeline.ipynb #07dd5536
+# %% ../nbs/09_app/01_pipeline.ipynb #5c78b7a6
 def drop_stale(
     plan: Mapping[str, Stage],  # from `load_plan`
     root: Path,  # top of the repository
 ) -> list[str]:  # stages that are to run
-    "Remove the tokens of all stages that are missing or out of date, so that Snakemake runs them."
+    "Remove the tokens of all stages that are missing or out of date, so that Snakemake runs them; give a current stage its token back."
     stale = [s for s in plan.values() if not is_current(s, plan, root)]
-    for stage in stale: (root / stage.token).unlink(missing_ok=True)
+    for stage in plan.values():
+        if stage in stale: (root / stage.token).unlink(missing_ok=True)
+        elif not (root / stage.token).exists():  # run by hand, or dropped for a change that was taken back
+            (root / stage.token).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / stage.manifest, root / stage.token)  # as old as the results
     return [s.name for s in stale]
 
 # %% ../nbs/09_app/01_pipeline.ipynb #64cb212f

@@ -201,6 +201,11 @@ def test_only_what_changed_runs_again(lab, capfd):
     assert reproduce(lab, overrides=changed) == 0 and reran(lab, before) == {"count", "total"} and total(lab) == 7
     before = stamps(lab)
     write_notebook(lab / "nbs/experiments/total.ipynb", (*TOTAL, "done = True"))
+    capfd.readouterr()
+    assert reproduce(lab, overrides=changed, dry_run=True) == 0 and "total" in "".join(capfd.readouterr())
+    write_notebook(lab / "nbs/experiments/total.ipynb", TOTAL)  # taken back
+    assert reproduce(lab, overrides=changed, dry_run=True) == 0 and "total" not in "".join(capfd.readouterr())
+    write_notebook(lab / "nbs/experiments/total.ipynb", (*TOTAL, "done = True"))
     assert reproduce(lab, overrides=changed) == 0 and reran(lab, before) == {"total"}
 
 
