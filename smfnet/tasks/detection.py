@@ -471,7 +471,7 @@ def _scores(m: Matches, times: np.ndarray) -> np.ndarray:
     "AP@.5 of each class and mAP of each resample, R×(K+1)."
     return with_mean(weighted_ap(m, times))
 
-# %% ../../nbs/07_tasks/05_detection.ipynb #ca66f919
+# %% ../../nbs/07_tasks/05_detection.ipynb #c67d4bb8
 WRITTEN = 0.1  # least score of a detection in the files for figures; images.npz holds all
 
 def evaluate(
@@ -490,7 +490,7 @@ def evaluate(
         found += model.predict(torch.from_numpy(samples.image(i))[None].to(device))
         if out is not None:
             sure = found[-1].scores >= WRITTEN
-            write_json(Path(out, f"{stem}.json"), {"input": samples.input, "classes": list(samples.classes), **{k: v[sure].round(3).tolist() for k, v in found[-1]._asdict().items()}})
+            write_json(Path(out, f"{stem}.json"), {"input": samples.input, "classes": list(samples.classes), **{k: (v[sure].astype(np.float64).round(3) if v.dtype.kind == "f" else v[sure]).tolist() for k, v in found[-1]._asdict().items()}})
     return found
 
 
