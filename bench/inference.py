@@ -282,7 +282,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--repeats", type=int, default=3, help="runs of each cell, the best counts (default: %(default)s)")
     p.add_argument("--threads", type=int, default=0, help="threads of PyTorch; 0: its own choice")
     p.add_argument("--limit", type=parse_memory, default=int(0.9 * free_memory()), metavar="SIZE", help="memory of each process (default: 90 %% of what is free)")
-    p.add_argument("--out", default="results/bench", metavar="DIR", help="receives inference.json, .svg and .png, or inference-tiny.* (default: %(default)s)")
+    p.add_argument("--out", default=str(SCRATCH), metavar="DIR", help="receives inference.json, .svg and .png, or inference-tiny.* (default: %(default)s)")
     p.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
     return p.parse_args(argv)
 
