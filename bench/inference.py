@@ -45,7 +45,7 @@ def _prepared(model, size: str, fewest_maps: bool):
     "The prepared network, with free choice or with a budget for as few feature maps as possible."
     import torch
 
-    from smfnet.inference import _memory, prepare_for_inference
+    from smfnet.fast.prepared import _memory, prepare_for_inference
 
     width, height = map(int, size.split("x"))
     budget = _memory((height, width), model.config.dim * 4, 3, (64, 64), torch.get_num_threads())
@@ -56,7 +56,7 @@ def _model(name: str, preset: str):
     "The network behind an implementation: with the weights of the literal version, or the shipped one."
     if preset == "paper":
         return _models()["literal" if name == "literal" else "smfnet"].eval()
-    from smfnet.network import SMFNet
+    from smfnet.network.model import SMFNet
 
     return SMFNet.from_pretrained(preset)
 
@@ -65,7 +65,7 @@ def _method(name: str, size: str, args):
     "An object with `fuse`."
     model = _model(name, args.preset)
     if name == "onnx":
-        from smfnet.onnx_export import OnnxModel, export_onnx
+        from smfnet.fusion.onnx import OnnxModel, export_onnx
 
         path = SCRATCH / f"{args.preset}.onnx"
         if not path.exists():
@@ -96,7 +96,7 @@ def fuse_cell(name: str, size: str, args) -> dict:
 
 def count_cell(name: str, size: str, args) -> dict:
     "Arithmetic per pixel, counted in float64, where every operation is one that the counter knows."
-    from smfnet.inference import prepare_for_inference
+    from smfnet.fast.prepared import prepare_for_inference
 
     model = _model(name, args.preset).double()
     if name in ("prepared", "streamed"):
@@ -135,7 +135,7 @@ def shares_cell(name: str, size: str, args) -> dict:
     "Where the prepared network's time goes on one thread: shares by kind of operator."
     from torch.profiler import ProfilerActivity, profile
 
-    from smfnet.inference import prepare_for_inference
+    from smfnet.fast.prepared import prepare_for_inference
 
     model, pair = prepare_for_inference(_model("prepared", args.preset), threads=1), _pair(*map(int, size.split("x")))
     model.fuse(**pair)
@@ -167,7 +167,7 @@ def _limit(amount: int):
 
 def _run_cell(kind: str, name: str, size: str, args) -> dict:
     "One cell in a fresh process under the memory limit."
-    from smfnet.streaming import show_memory
+    from smfnet.fast.tiles import show_memory
 
     command = [sys.executable, "-m", "bench.inference", "--cell", kind, name, size, "--preset", args.preset,
                "--repeats", str(args.repeats), "--threads", str(args.threads)]
@@ -271,7 +271,7 @@ def draw(results: dict, path: Path) -> None:
 
 
 def _options(argv: list[str] | None) -> argparse.Namespace:
-    from smfnet.streaming import free_memory, parse_memory
+    from smfnet.fast.tiles import free_memory, parse_memory
 
     p = argparse.ArgumentParser(prog="python -m bench.inference", description=__doc__.splitlines()[0])
     p.add_argument("--sizes", nargs="+", default=list(SIZES), metavar="WxH", help="sizes to fuse (default: %(default)s)")
@@ -316,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _options(argv)
     if args.cell:
         return _one_cell(args)
-    from smfnet.provenance import environment, git_revision, write_json
+    from smfnet.core.provenance import environment, git_revision, write_json
 
     git = git_revision()  # before the pictures, which would be changes
     SCRATCH.mkdir(parents=True, exist_ok=True)

@@ -24,8 +24,8 @@ def measure(args) -> dict:
     import torch
 
     torch.set_num_threads(1)
-    from smfnet.datasets import PatchSet
-    from smfnet.pairs import get_pairs, patch_loader
+    from smfnet.data.patches import PatchSet
+    from smfnet.data.pairs import get_pairs, patch_loader
 
     name = Path(args.set) if Path(args.set).is_dir() else args.set
     pairs = get_pairs(name, None if isinstance(name, Path) else args.split, root=args.root, memory=args.memory)
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     reached = all(r.get("first_epoch", 0) >= NEEDED for way, r in results.items() if way.endswith(f"{args.workers} workers"))
     print(f"{NEEDED} pairs/s with {args.workers} workers, also in the first epoch: {'reached' if reached else 'not reached'}")
     if args.json:
-        from smfnet.provenance import environment, git_revision, write_json
+        from smfnet.core.provenance import environment, git_revision, write_json
 
         write_json(args.json, {"results": results, "environment": environment(), "git": git_revision(), "command": ["python", "-m", "bench.loading", *(argv or sys.argv[1:])]})
     return int(any("failed" in r for r in results.values()))

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from smfnet.metrics import evaluate
-from smfnet.provenance import environment, write_json
-from smfnet.scenes import render_scene
+from smfnet.core.provenance import environment, write_json
+from smfnet.data.scenes import render_scene
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import metrics_reference as reference  # noqa: E402

@@ -26,7 +26,7 @@ def _models():
     import torch
 
     from bench.literal import LiteralSMFNet, released_key
-    from smfnet.interop import load_released
+    from smfnet.network.released import load_released
 
     torch.manual_seed(7)
     literal = LiteralSMFNet().eval()
@@ -97,7 +97,7 @@ def train_cell(name: str, size: str, repeats: int) -> dict:
 
     from bench.literal import LiteralTrainer
     from smfnet.losses.stages import stage2_loss
-    from smfnet.training import clip_gradients, make_optimiser, recipe
+    from smfnet.training.trainer import clip_gradients, make_optimiser, recipe
 
     model, pair = _models()[name].train(), _pair(*map(int, size.split("x")), batch=2)
     loss = lambda f: stage2_loss(f, **pair)[0]
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
             cells["difference"] = _difference(size)
             print(f"{kind:6} {size:>9} largest difference of the results: {cells['difference']:.1e}" if cells["difference"] is not None else "")
     if args.json:
-        from smfnet.provenance import environment, git_revision, write_json
+        from smfnet.core.provenance import environment, git_revision, write_json
 
         write_json(args.json, {"results": results, "environment": environment(), "git": git_revision(), "machine": platform.processor(),
                                "command": ["python", "-m", "bench.run", *(argv or sys.argv[1:])]})

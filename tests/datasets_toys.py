@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from smfnet.registry import pin_folder
-from smfnet.scenes import render_set
+from smfnet.data.registry import pin_folder
+from smfnet.data.scenes import render_set
 
 
 @pytest.fixture(scope="session")

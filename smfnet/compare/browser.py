@@ -13,7 +13,7 @@ import ipywidgets as w
 import numpy as np
 from PIL import Image
 
-from ..checks import InputError
+from ..core.checks import InputError
 from .collection import Collection, captions, gray, lines, live_models, open_collection
 from .display import montage
 from .panel import Panel, watch

@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..baselines import BASELINES
-from ..checks import InputError
-from ..fusion import load_model
-from ..images import read_pixels, to_levels
+from ..fusion.baselines import BASELINES
+from ..core.checks import InputError
+from ..fusion.files import load_model
+from ..data.images import read_pixels, to_levels
 from ..metrics import evaluate
 from ..metrics.files import gray_levels, images_by_stem, read_gray
 from ..metrics.protocols import METRICS, Scores
-from ..pairs import Content, PairSet, get_pairs
-from ..registry import find_set
+from ..data.pairs import Content, PairSet, get_pairs
+from ..data.registry import find_set
 
 # %% ../../nbs/10_compare/05_collection.ipynb #0072e72e
 LIVE_PIXELS = 800_000  # of a pair that a model of 16 channels fuses while somebody waits: about 4 GB

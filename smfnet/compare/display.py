@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..checks import InputError
+from ..core.checks import InputError
 
 # %% ../../nbs/10_compare/01_display.ipynb #1b138552
 LIMIT = 2048  # pixels, longest side that is sent to a browser

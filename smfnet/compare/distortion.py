@@ -14,13 +14,13 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from ..checks import InputError
+from ..core.checks import InputError
 from .browser import choice, row, side_by_side
 from .collection import Collection, gray, live_models, open_collection, score_table, shown
 from .display import montage
 from .panel import Panel, watch
 from .swipe import Swipe
-from ..images import to_levels
+from ..data.images import to_levels
 from ..metrics import evaluate
 from ..metrics.protocols import METRICS
 

@@ -19,21 +19,21 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor, nn
 
-from ..attention import MDTA, DenseMDTA, attention_matrix
-from ..cai import CrossAttention
-from ..checks import InputError
+from ..network.attention import MDTA, DenseMDTA, attention_matrix
+from ..network.cai import CrossAttention
+from ..core.checks import InputError
 from .browser import choice, row, side_by_side, tick
 from .collection import fit, live_limit, score_table
 from .display import montage
 from .panel import Panel, watch
 from .swipe import Swipe
 from .zoom import LinkedZoom
-from ..fusion import load_model
-from ..graph import DILATIONS
-from ..images import to_levels
+from ..fusion.files import load_model
+from ..network.graph import DILATIONS
+from ..data.images import to_levels
 from ..metrics import evaluate
-from ..network import SMFNet
-from ..pairs import Content, PairSet, get_pairs
+from ..network.model import SMFNet
+from ..data.pairs import Content, PairSet, get_pairs
 
 # %% ../../nbs/10_compare/07_explorer.ipynb #2220ed49
 BRANCHES = ("base", "detail", "graph")

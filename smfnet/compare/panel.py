@@ -17,7 +17,7 @@ import ipywidgets as w
 from fastcore.basics import patch
 from PIL import Image
 
-from ..checks import InputError
+from ..core.checks import InputError
 from .swipe import add_still
 
 # %% ../../nbs/10_compare/04_panel.ipynb #01cffa3a

@@ -18,9 +18,9 @@ import traitlets
 from fastcore.basics import patch
 from PIL import Image
 
-from ..checks import InputError
+from ..core.checks import InputError
 from .display import montage, show
-from ..provenance import atomic_path
+from ..core.provenance import atomic_path
 
 # %% ../../nbs/10_compare/02_swipe.ipynb #b3167d43
 COMMON_JS = r"""

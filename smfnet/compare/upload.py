@@ -16,15 +16,15 @@ import numpy as np
 import traitlets
 from PIL import Image
 
-from ..checks import InputError
+from ..core.checks import InputError
 from .browser import choice, row, side_by_side
 from .collection import Collection, captions, gray, lines, live_models
 from .display import montage
 from .panel import Panel, watch
 from .swipe import COMMON_CSS, COMMON_JS, Swipe
 from .zoom import LinkedZoom
-from ..images import EXTENSIONS
-from ..pairs import Files, PairSet, get_pairs
+from ..data.images import EXTENSIONS
+from ..data.pairs import Files, PairSet, get_pairs
 
 # %% ../../nbs/10_compare/08_upload.ipynb #683f6923
 MOST = 64 << 20  # bytes of one file
@@ -101,7 +101,7 @@ def read_upload(
     *,
     ir: tuple[str, bytes],  # name and content of the infrared file
     vis: tuple[str, bytes],  # name and content of the visible file
-):  # the decoded pair, `smfnet.pairs.Content`
+):  # the decoded pair, `smfnet.data.pairs.Content`
     "Decode an uploaded pair; `InputError` names the file, the finding and the fix."
     with tempfile.TemporaryDirectory() as folder:
         paths = {}

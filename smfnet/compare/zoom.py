@@ -13,7 +13,7 @@ import numpy as np
 import traitlets
 from PIL import Image
 
-from ..checks import InputError
+from ..core.checks import InputError
 from .display import montage, show
 from .swipe import COMMON_CSS, COMMON_JS, Still
 

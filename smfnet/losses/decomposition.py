@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..checks import InputError
+from ..core.checks import InputError
 from .reconstruction import check_choice, check_same
 
 # %% ../../nbs/02_losses/04_decomposition.ipynb #5852e7ef

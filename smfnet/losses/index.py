@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ..checks import InputError
+from ..core.checks import InputError
 
 # %% ../../nbs/02_losses/06_index.ipynb #2a66f58a
 class Row(NamedTuple):
@@ -21,7 +21,7 @@ class Row(NamedTuple):
     equation: int  # number in the paper
     notebook: str  # stem, in nbs/02_losses
     function: str  # name that the notebook exports
-    test: str  # function in tests/test_losses.py
+    test: str  # function in tests/losses/test_losses.py
 
 _R, _I, _S, _D, _T = "01_reconstruction", "02_intensity", "03_semantic", "04_decomposition", "05_stages"
 EQUATIONS = (
@@ -115,12 +115,12 @@ def _check_row(row: Row, parts: list[Section], tests: dict[str, ast.FunctionDef]
     return found
 
 def check_index(
-    root: Path,  # checkout, with nbs/02_losses and tests/test_losses.py
+    root: Path,  # checkout, with nbs/02_losses and tests/losses/test_losses.py
     rows: tuple[Row, ...] = EQUATIONS,  # the index
 ) -> list[str]:  # findings; empty if the index is right
     "Compare the index of equations with the notebooks and tests, in both directions."
     notebooks = {p.stem: sections(p) for p in sorted((Path(root) / "nbs" / "02_losses").glob("*.ipynb"))}
-    tree = ast.parse((Path(root) / "tests" / "test_losses.py").read_text(encoding="utf-8"))
+    tree = ast.parse((Path(root) / "tests" / "losses" / "test_losses.py").read_text(encoding="utf-8"))
     tests = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef)}
     found = [f"equation {n} is missing from the index" for n in range(17, 31) if n not in {r.equation for r in rows}]
     known = {(r.equation, r.notebook) for r in rows}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import InputError
+from ..core.checks import InputError
 from .reconstruction import check_choice, check_same
 
 # %% ../../nbs/02_losses/02_intensity.ipynb #f8567fd3

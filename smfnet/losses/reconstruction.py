@@ -12,7 +12,7 @@ from kornia.filters import spatial_gradient
 from kornia.metrics import ssim
 from torch import Tensor
 
-from ..checks import InputError
+from ..core.checks import InputError
 
 # %% ../../nbs/02_losses/01_reconstruction.ipynb #c4add99c
 VARIANTS = ("paper", "released")

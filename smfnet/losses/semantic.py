@@ -10,7 +10,7 @@ __all__ = ['READINGS', 'jaccard_distance', 'class_errors', 'jaccard_steps', 'lov
 import torch
 from torch import Tensor
 
-from ..checks import InputError
+from ..core.checks import InputError
 from .reconstruction import check_choice, check_same
 
 # %% ../../nbs/02_losses/03_semantic.ipynb #6d43c118

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
-from ..checks import InputError
+from ..core.checks import InputError
 from .decomposition import decomposition_stage1, decomposition_stage2
 from .intensity import intensity_loss
 from .reconstruction import check_choice, check_same, dssim, sobel, sobel_l1, spatial_gradient_l1
