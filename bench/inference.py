@@ -30,7 +30,13 @@ from bench.run import _gflop, _models, _pair, _print_row, cell_environment, peak
 
 SIZES = ("128x128", "320x240", "640x480", "1280x960", "1920x1080", "2560x1440", "3840x2160")  # width x height
 IMPLEMENTATIONS = ("literal", "network", "prepared", "streamed", "onnx")
-SECONDS_PER_MEGAPIXEL = {"literal": 370, "network": 120, "prepared": 45, "streamed": 45, "onnx": 150}  # rough, to know what is slow
+SECONDS_PER_MEGAPIXEL = {
+    "literal": 370,
+    "network": 120,
+    "prepared": 45,
+    "streamed": 45,
+    "onnx": 150,
+}  # rough, to know what is slow
 PRESETS = {"paper": 1.0, "tiny": 0.1}  # and their time for a picture, rough, relative to the paper's size
 PATIENCE = 60  # seconds; slower cells need --slow
 SCRATCH = Path("runs", "bench")
@@ -87,10 +93,20 @@ def fuse_cell(name: str, size: str, args) -> dict:
         times.append(time.perf_counter() - begin)
     peak = peak_bytes()
     torch.save(fused, SCRATCH / f"{name}-{size}.pt")
-    cell = {"seconds": min(times), "runs": len(times), "peak_mb": (peak - start) / 1e6, "process_mb": peak / 1e6}
+    cell = {
+        "seconds": min(times),
+        "runs": len(times),
+        "peak_mb": (peak - start) / 1e6,
+        "process_mb": peak / 1e6,
+    }
     if hasattr(method, "schedule"):
         plan = method.schedule(tuple(pair["vis"].shape[-2:]))
-        cell |= {"maps": plan.maps, "tile": list(plan.tile), "threads": plan.threads, "planned_mb": plan.memory / 1e6}
+        cell |= {
+            "maps": plan.maps,
+            "tile": list(plan.tile),
+            "threads": plan.threads,
+            "planned_mb": plan.memory / 1e6,
+        }
     return cell
 
 
@@ -112,9 +128,18 @@ def rate_cell(name: str, size: str, args) -> dict:
     "GFLOP/s of matrix products that stay in the cache: of 4096×256 with 256×256 by oneDNN, of 1024×1024 by the BLAS library."
     import torch
 
-    x, w, a = torch.randn(1, 256, 64, 64).contiguous(memory_format=torch.channels_last), torch.randn(256, 256, 1, 1), torch.randn(1024, 1024)
-    calls = {"onednn": (lambda: torch.mkldnn_convolution(x, w, None, (0, 0), (1, 1), (1, 1), 1), 2 * 4096 * 256 * 256),
-             "blas": (lambda: a @ a, 2 * 1024 ** 3)}
+    x, w, a = (
+        torch.randn(1, 256, 64, 64).contiguous(memory_format=torch.channels_last),
+        torch.randn(256, 256, 1, 1),
+        torch.randn(1024, 1024),
+    )
+    calls = {
+        "onednn": (
+            lambda: torch.mkldnn_convolution(x, w, None, (0, 0), (1, 1), (1, 1), 1),
+            2 * 4096 * 256 * 256,
+        ),
+        "blas": (lambda: a @ a, 2 * 1024**3),
+    }
     rates = {}
     for library, (call, flop) in calls.items():
         times = []
@@ -127,8 +152,12 @@ def rate_cell(name: str, size: str, args) -> dict:
 
 
 KINDS_OF_WORK = {  # operators by what they do; the first kind that fits counts
-    "convolutions": ("convolution",), "matrix products": ("::mm", "::bmm", "::addmm"), "layer normalisation": ("layer_norm",),
-    "copies, joining, padding": ("copy_", "::cat", "fill_", "_pad", "clone", "contiguous"), "other operators": ("",)}
+    "convolutions": ("convolution",),
+    "matrix products": ("::mm", "::bmm", "::addmm"),
+    "layer normalisation": ("layer_norm",),
+    "copies, joining, padding": ("copy_", "::cat", "fill_", "_pad", "clone", "contiguous"),
+    "other operators": ("",),
+}
 
 
 def shares_cell(name: str, size: str, args) -> dict:
@@ -137,7 +166,10 @@ def shares_cell(name: str, size: str, args) -> dict:
 
     from smfnet.fast.prepared import prepare_for_inference
 
-    model, pair = prepare_for_inference(_model("prepared", args.preset), threads=1), _pair(*map(int, size.split("x")))
+    model, pair = (
+        prepare_for_inference(_model("prepared", args.preset), threads=1),
+        _pair(*map(int, size.split("x"))),
+    )
     model.fuse(**pair)
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         begin = time.perf_counter()
@@ -147,7 +179,12 @@ def shares_cell(name: str, size: str, args) -> dict:
     for event in seen.key_averages():
         kind = next(k for k, words in KINDS_OF_WORK.items() if any(w in event.key for w in words))
         spent[kind] += event.self_cpu_time_total / 1e6
-    return {"size": size, "seconds": wall, "shares": {k: v / wall for k, v in spent.items()} | {"between operators": max(0.0, 1 - sum(spent.values()) / wall)}}
+    return {
+        "size": size,
+        "seconds": wall,
+        "shares": {k: v / wall for k, v in spent.items()}
+        | {"between operators": max(0.0, 1 - sum(spent.values()) / wall)},
+    }
 
 
 def _train(name: str, size: str, args) -> dict:
@@ -159,9 +196,12 @@ CELLS = {"fuse": fuse_cell, "count": count_cell, "rate": rate_cell, "shares": sh
 
 def _limit(amount: int):
     "A function that limits the data of the process that is about to start."
+
     def set_limit():
         import resource
+
         resource.setrlimit(resource.RLIMIT_DATA, (amount, amount))
+
     return set_limit
 
 
@@ -169,14 +209,29 @@ def _run_cell(kind: str, name: str, size: str, args) -> dict:
     "One cell in a fresh process under the memory limit."
     from smfnet.fast.tiles import show_memory
 
-    command = [sys.executable, "-m", "bench.inference", "--cell", kind, name, size, "--preset", args.preset,
-               "--repeats", str(args.repeats), "--threads", str(args.threads)]
+    command = [
+        sys.executable,
+        "-m",
+        "bench.inference",
+        "--cell",
+        kind,
+        name,
+        size,
+        "--preset",
+        args.preset,
+        "--repeats",
+        str(args.repeats),
+        "--threads",
+        str(args.threads),
+    ]
     limit = {} if sys.platform != "linux" else {"preexec_fn": _limit(args.limit)}
     done = subprocess.run(command, capture_output=True, text=True, env=cell_environment(name), **limit)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"
-    full = done.returncode in (-9, 137) or any(word in done.stderr for word in ("allocate memory", "MemoryError", "bad_alloc", "Cannot allocate"))
+    full = done.returncode in (-9, 137) or any(
+        word in done.stderr for word in ("allocate memory", "MemoryError", "bad_alloc", "Cannot allocate")
+    )
     return {"failed": f"does not fit into {show_memory(args.limit)}" if full else last}
 
 
@@ -188,7 +243,11 @@ def _has_onnx() -> bool:
 
 def _memory_guess(name: str, size: str, done: dict) -> tuple[float, str] | None:
     "Bytes that an implementation without a budget would take, in proportion to its largest size so far, and that size."
-    cells = [(_pixels(s), row[name]["peak_mb"] * 1e6, s) for s, row in done.items() if "seconds" in row.get(name, {})]
+    cells = [
+        (_pixels(s), row[name]["peak_mb"] * 1e6, s)
+        for s, row in done.items()
+        if "seconds" in row.get(name, {})
+    ]
     if name in ("prepared", "streamed") or not cells:
         return None
     pixels, peak, largest = max(cells)
@@ -197,11 +256,17 @@ def _memory_guess(name: str, size: str, done: dict) -> tuple[float, str] | None:
 
 def _cell(name: str, size: str, results: dict, args) -> dict:
     "Run or leave out one cell; add its arithmetic and its distance to the roofline."
-    counts, rate, guess = results["gflop_per_megapixel"], results["rate"]["gflops"], PRESETS[args.preset] * SECONDS_PER_MEGAPIXEL[name] * _pixels(size) / 1e6
+    counts, rate, guess = (
+        results["gflop_per_megapixel"],
+        results["rate"]["gflops"],
+        PRESETS[args.preset] * SECONDS_PER_MEGAPIXEL[name] * _pixels(size) / 1e6,
+    )
     if guess > PATIENCE and not args.slow:
         return {"left out": f"about {guess:.0f} s; --slow runs it"}
     if (memory := _memory_guess(name, size, results["fuse"])) and memory[0] > 1.2 * args.limit:
-        return {"left out": f"would take about {memory[0] / 1e9:.0f} GB, by its peak at {memory[1]}; the limit is {args.limit / 1e9:.1f} GB"}
+        return {
+            "left out": f"would take about {memory[0] / 1e9:.0f} GB, by its peak at {memory[1]}; the limit is {args.limit / 1e9:.1f} GB"
+        }
     cell = _run_cell("fuse", name, size, args)
     if "seconds" in cell and name in counts:
         cell["gflop"] = counts[name] * _pixels(size) / 1e6
@@ -214,7 +279,11 @@ def _differences(size: str) -> dict[str, float]:
     "Largest difference of each result from the first implementation that ran."
     import torch
 
-    found = {n: torch.load(p, weights_only=True) for n in IMPLEMENTATIONS if (p := SCRATCH / f"{n}-{size}.pt").exists()}
+    found = {
+        n: torch.load(p, weights_only=True)
+        for n in IMPLEMENTATIONS
+        if (p := SCRATCH / f"{n}-{size}.pt").exists()
+    }
     return {n: (x - next(iter(found.values()))).abs().max().item() for n, x in found.items()}
 
 
@@ -222,13 +291,21 @@ def _print_cell(size: str, name: str, c: dict) -> None:
     if "seconds" not in c:
         print(f"{size:>9} {name:8} {c.get('failed') or 'left out: ' + c['left out']}", flush=True)
         return
-    rest = f" {c['gflop']:9.1f} GFLOP {c['gflops']:7.1f} GFLOP/s {100 * c['of_roofline']:5.1f} % of roofline" if "gflop" in c else ""
+    rest = (
+        f" {c['gflop']:9.1f} GFLOP {c['gflops']:7.1f} GFLOP/s {100 * c['of_roofline']:5.1f} % of roofline"
+        if "gflop" in c
+        else ""
+    )
     print(f"{size:>9} {name:8} {c['seconds']:9.3f} s {c['peak_mb']:8.0f} MB{rest}", flush=True)
 
 
 def _print_shares(cell: dict) -> None:
     "What stands between the prepared network and the roofline."
-    text = cell.get("failed") or ", ".join(f"{k} {100 * v:.0f} %" for k, v in cell["shares"].items()) + f" ({cell['size']}, one thread, under a profiler)"
+    text = (
+        cell.get("failed")
+        or ", ".join(f"{k} {100 * v:.0f} %" for k, v in cell["shares"].items())
+        + f" ({cell['size']}, one thread, under a profiler)"
+    )
     print(f"time of the prepared network: {text}")
 
 
@@ -236,10 +313,15 @@ def _print_summary(size: str, cells: dict) -> None:
     done = {n: c for n, c in cells.items() if "seconds" in c}
     for n in ("prepared", "streamed"):
         if n in done and "literal" in done:
-            print(f"{size:>9} {n:8} {done['literal']['seconds'] / done[n]['seconds']:.2f} × faster than literal, "
-                  f"{done['literal']['peak_mb'] / done[n]['peak_mb']:.2f} × less memory")
+            print(
+                f"{size:>9} {n:8} {done['literal']['seconds'] / done[n]['seconds']:.2f} × faster than literal, "
+                f"{done['literal']['peak_mb'] / done[n]['peak_mb']:.2f} × less memory"
+            )
     if len(done) > 1:
-        print(f"{size:>9} largest difference from {next(iter(done))}: " + ", ".join(f"{n} {c['difference']:.1e}" for n, c in list(done.items())[1:]))
+        print(
+            f"{size:>9} largest difference from {next(iter(done))}: "
+            + ", ".join(f"{n} {c['difference']:.1e}" for n, c in list(done.items())[1:])
+        )
 
 
 def draw(results: dict, path: Path) -> None:
@@ -251,9 +333,20 @@ def draw(results: dict, path: Path) -> None:
     fig, axes = plt.subplots(1, 2, figsize=(10, 4))
     colours = dict(zip(IMPLEMENTATIONS, sns.color_palette("colorblind")))
     for name in IMPLEMENTATIONS:
-        cells = [(_pixels(s) / 1e6, row[name]) for s, row in results["fuse"].items() if "seconds" in row.get(name, {})]
+        cells = [
+            (_pixels(s) / 1e6, row[name])
+            for s, row in results["fuse"].items()
+            if "seconds" in row.get(name, {})
+        ]
         for ax, key, unit in ((axes[0], "seconds", 1), (axes[1], "peak_mb", 1e3)):
-            if cells: ax.plot([x for x, _ in cells], [c[key] / unit for _, c in cells], "o-", color=colours[name], label=name)
+            if cells:
+                ax.plot(
+                    [x for x, _ in cells],
+                    [c[key] / unit for _, c in cells],
+                    "o-",
+                    color=colours[name],
+                    label=name,
+                )
     count, rate = results["gflop_per_megapixel"].get("prepared"), results["rate"]["gflops"]
     sizes = [_pixels(s) / 1e6 for s in results["fuse"]]
     if count and sizes:
@@ -274,15 +367,46 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     from smfnet.fast.tiles import free_memory, parse_memory
 
     p = argparse.ArgumentParser(prog="python -m bench.inference", description=__doc__.splitlines()[0])
-    p.add_argument("--sizes", nargs="+", default=list(SIZES), metavar="WxH", help="sizes to fuse (default: %(default)s)")
-    p.add_argument("--methods", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS), help="implementations (default: all)")
-    p.add_argument("--preset", choices=PRESETS, default="paper", help="network: of the paper's size, or the shipped tiny one (default: %(default)s)")
+    p.add_argument(
+        "--sizes", nargs="+", default=list(SIZES), metavar="WxH", help="sizes to fuse (default: %(default)s)"
+    )
+    p.add_argument(
+        "--methods",
+        nargs="+",
+        choices=IMPLEMENTATIONS,
+        default=list(IMPLEMENTATIONS),
+        help="implementations (default: all)",
+    )
+    p.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="paper",
+        help="network: of the paper's size, or the shipped tiny one (default: %(default)s)",
+    )
     p.add_argument("--slow", action="store_true", help=f"also what takes longer than about {PATIENCE} s")
-    p.add_argument("--train-size", default="128x128", metavar="WxH", help="patch of the training step; empty: none (default: %(default)s)")
-    p.add_argument("--repeats", type=int, default=3, help="runs of each cell, the best counts (default: %(default)s)")
+    p.add_argument(
+        "--train-size",
+        default="128x128",
+        metavar="WxH",
+        help="patch of the training step; empty: none (default: %(default)s)",
+    )
+    p.add_argument(
+        "--repeats", type=int, default=3, help="runs of each cell, the best counts (default: %(default)s)"
+    )
     p.add_argument("--threads", type=int, default=0, help="threads of PyTorch; 0: its own choice")
-    p.add_argument("--limit", type=parse_memory, default=int(0.9 * free_memory()), metavar="SIZE", help="memory of each process (default: 90 %% of what is free)")
-    p.add_argument("--out", default=str(SCRATCH), metavar="DIR", help="receives inference.json, .svg and .png, or inference-tiny.* (default: %(default)s)")
+    p.add_argument(
+        "--limit",
+        type=parse_memory,
+        default=int(0.9 * free_memory()),
+        metavar="SIZE",
+        help="memory of each process (default: 90 %% of what is free)",
+    )
+    p.add_argument(
+        "--out",
+        default=str(SCRATCH),
+        metavar="DIR",
+        help="receives inference.json, .svg and .png, or inference-tiny.* (default: %(default)s)",
+    )
     p.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
     return p.parse_args(argv)
 
@@ -308,7 +432,9 @@ def _table(results: dict, args) -> None:
             row[name]["difference"] = d
         _print_summary(size, row)
     if args.train_size and args.preset == "paper":
-        results["train"] = {args.train_size: {n: _run_cell("train", n, args.train_size, args) for n in ("literal", "smfnet")}}
+        results["train"] = {
+            args.train_size: {n: _run_cell("train", n, args.train_size, args) for n in ("literal", "smfnet")}
+        }
         _print_row("train", args.train_size, results["train"][args.train_size])
 
 
@@ -324,15 +450,35 @@ def main(argv: list[str] | None = None) -> int:
         old.unlink()
     rate = _run_cell("rate", "-", "0x0", args)
     if "failed" in rate:
-        print(f"bench: error: a matrix product cannot be timed ({rate['failed']}); repair that or give another --limit", file=sys.stderr)
+        print(
+            f"bench: error: a matrix product cannot be timed ({rate['failed']}); repair that or give another --limit",
+            file=sys.stderr,
+        )
         return 2
-    methods = [n for n in IMPLEMENTATIONS if n in args.methods and (n != "onnx" or _has_onnx()) and (n != "literal" or args.preset == "paper")]
-    counts = {n: _run_cell("count", n, "64x64", args) for n in ("literal", "network", "prepared") if n in methods or n == "prepared"}
+    methods = [
+        n
+        for n in IMPLEMENTATIONS
+        if n in args.methods and (n != "onnx" or _has_onnx()) and (n != "literal" or args.preset == "paper")
+    ]
+    counts = {
+        n: _run_cell("count", n, "64x64", args)
+        for n in ("literal", "network", "prepared")
+        if n in methods or n == "prepared"
+    }
     counts = {n: c["gflop_per_megapixel"] for n, c in counts.items() if "failed" not in c}
     if "prepared" in counts:
         counts["streamed"] = counts["prepared"]
-    results = {"preset": args.preset, "fuse": {}, "methods": methods, "gflop_per_megapixel": counts, "rate": rate}
-    print(f"{args.preset} network; matrix products: {rate['gflops']:.0f} GFLOP/s on {rate['threads']} threads; memory limit {args.limit / 1e9:.1f} GB", flush=True)
+    results = {
+        "preset": args.preset,
+        "fuse": {},
+        "methods": methods,
+        "gflop_per_megapixel": counts,
+        "rate": rate,
+    }
+    print(
+        f"{args.preset} network; matrix products: {rate['gflops']:.0f} GFLOP/s on {rate['threads']} threads; memory limit {args.limit / 1e9:.1f} GB",
+        flush=True,
+    )
     _table(results, args)
     if "prepared" in methods:
         results["shares"] = _run_cell("shares", "prepared", "320x240", args)
@@ -340,8 +486,16 @@ def main(argv: list[str] | None = None) -> int:
     out = Path(args.out, "inference" if args.preset == "paper" else f"inference-{args.preset}")
     out.parent.mkdir(parents=True, exist_ok=True)
     draw(results, out)
-    write_json(out.with_suffix(".json"), {**results, "limit": args.limit, "environment": environment(), "git": git,
-                                        "command": ["python", "-m", "bench.inference", *(argv or sys.argv[1:])]})
+    write_json(
+        out.with_suffix(".json"),
+        {
+            **results,
+            "limit": args.limit,
+            "environment": environment(),
+            "git": git,
+            "command": ["python", "-m", "bench.inference", *(argv or sys.argv[1:])],
+        },
+    )
     print(f"written: {out}.json, .svg, .png")
     rows = [*results["fuse"].values(), *results.get("train", {}).values()]
     return int(any("failed" in c and "does not fit" not in c["failed"] for row in rows for c in row.values()))

@@ -192,9 +192,12 @@ class BaseGroup(nn.Module):
         self.pairs = nn.Sequential(*pairs)
         narrow = dim // 4
         self.bottleneck = nn.Sequential(
-            nn.Conv2d(dim, narrow, 3, padding=1), nn.LeakyReLU(0.2),
-            nn.Conv2d(narrow, narrow, 1), nn.LeakyReLU(0.2),
-            nn.Conv2d(narrow, dim, 3, padding=1))
+            nn.Conv2d(dim, narrow, 3, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(narrow, narrow, 1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(narrow, dim, 3, padding=1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bottleneck(self.pairs(x)) + x
@@ -233,12 +236,16 @@ class Messages(nn.Module):
         self.edge = nn.Conv2d(2 * dim, 2, 1, groups=2, bias=False)
         self.gates, self.candidate = nn.Conv2d(2 * dim, 2 * dim, 1), nn.Conv2d(2 * dim, dim, 1)
         self.gamma = nn.Parameter(torch.zeros(1))
-        for conv in (self.gates, self.candidate): nn.init.normal_(conv.weight, std=0.01)
+        for conv in (self.gates, self.candidate):
+            nn.init.normal_(conv.weight, std=0.01)
 
     def message(self, node: Tensor, first: Tensor, second: Tensor) -> Tensor:
         g = torch.sigmoid(self.edge(torch.cat([node - first, node - second], 1)))  # B×2×H×W
-        if self.edge_gating == "neighbour": return g[:, :1] * first + g[:, 1:] * second
-        g = g.repeat(1, node.shape[1] // 2, 1, 1)  # channel c gets gate c mod 2, whichever neighbour it belongs to
+        if self.edge_gating == "neighbour":
+            return g[:, :1] * first + g[:, 1:] * second
+        g = g.repeat(
+            1, node.shape[1] // 2, 1, 1
+        )  # channel c gets gate c mod 2, whichever neighbour it belongs to
         return g * first + g * second
 
     def gru(self, message: Tensor, state: Tensor) -> Tensor:
@@ -273,8 +280,10 @@ class Graph(nn.Module):
         nodes_ir = [embed(ir) for embed in self.embed_ir]
         nodes_vis = [embed(vis) for embed in self.embed_vis]
         for n in range(len(DILATIONS)):
-            for _ in range(2): nodes_ir[n], nodes_vis[n] = self.across(nodes_ir[n], nodes_vis[n])
-        for _ in range(2): nodes_ir, nodes_vis = self.within_ir(nodes_ir), self.within_vis(nodes_vis)
+            for _ in range(2):
+                nodes_ir[n], nodes_vis[n] = self.across(nodes_ir[n], nodes_vis[n])
+        for _ in range(2):
+            nodes_ir, nodes_vis = self.within_ir(nodes_ir), self.within_vis(nodes_vis)
         ir, vis = self.merge_ir(torch.cat(nodes_ir, 1)), self.merge_vis(torch.cat(nodes_vis, 1))
         return ir, vis, self.join(torch.cat([ir, vis], 1))
 
@@ -289,7 +298,8 @@ class DetailFusion(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x1, x2 = self.grdb(x).chunk(2, dim=1)
-        for coupling in self.couplings: x1, x2 = coupling(x1, x2)
+        for coupling in self.couplings:
+            x1, x2 = coupling(x1, x2)
         return torch.cat([x1, x2], 1)
 
 
@@ -300,9 +310,12 @@ class Decoder(nn.Module):
         super().__init__()
         self.block = Block(dim, heads)
         self.head = nn.Sequential(
-            nn.Conv2d(dim, dim // 2, 3, padding=1, bias=False), nn.LeakyReLU(0.01),
-            nn.Conv2d(dim // 2, dim // 4, 3, padding=1, bias=False), nn.LeakyReLU(0.01),
-            nn.Conv2d(dim // 4, 1, 3, padding=1, bias=False))
+            nn.Conv2d(dim, dim // 2, 3, padding=1, bias=False),
+            nn.LeakyReLU(0.01),
+            nn.Conv2d(dim // 2, dim // 4, 3, padding=1, bias=False),
+            nn.LeakyReLU(0.01),
+            nn.Conv2d(dim // 4, 1, 3, padding=1, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.sigmoid(self.head(self.block(x)))
@@ -374,7 +387,8 @@ class LiteralSMFNet(nn.Module):
         "Floating-point operations of fusing one h×w pair, 2 per multiply-add of convolutions and matrix products."
         ghost = copy.deepcopy(self).to("meta")
         image = torch.empty(1, 1, h, w, device="meta")
-        with FlopCounterMode(display=False) as counter: ghost.fuse(vis=image, ir=image)
+        with FlopCounterMode(display=False) as counter:
+            ghost.fuse(vis=image, ir=image)
         return counter.get_total_flops()
 
     def load_released(self, state: Mapping[str, Tensor]) -> "LiteralSMFNet":
@@ -383,89 +397,100 @@ class LiteralSMFNet(nn.Module):
         missing = sorted(set(own.values()) - set(state))
         unexpected = sorted(k for k in set(state) - set(own.values()) if not re.match(UNUSED, k))
         if missing or unexpected:
-            raise ValueError(f"released weights do not fit: missing {missing[:5]}, unexpected {unexpected[:5]}")
+            raise ValueError(
+                f"released weights do not fit: missing {missing[:5]}, unexpected {unexpected[:5]}"
+            )
         self.load_state_dict({name: state[key] for name, key in own.items()})
         return self.eval()
 
 
-UNUSED = (r"BaseFuseLayer/module\.reduce_channel|DIDF_Encoder/module\.baseFeature\.(reduce_channel|norm|conv_after_body)\."
-          r"|GraphModel/module\.graph\.(C_cat\.[2-5]|C_cls|graph\.C_ca)\.")
+UNUSED = (
+    r"BaseFuseLayer/module\.reduce_channel|DIDF_Encoder/module\.baseFeature\.(reduce_channel|norm|conv_after_body)\."
+    r"|GraphModel/module\.graph\.(C_cat\.[2-5]|C_cls|graph\.C_ca)\."
+)
 
 # Our names to those of the release: applied in this order, each to the result of those before.
-RENAMING = [(re.compile(old), new) for old, new in (
-    # blocks; T2 first, while its path still shows
-    (r"(pairs\.\d+\.1\.)attention\.temperature", r"\1attn.scale"),
-    (r"(pairs\.\d+\.1\.)attention\.qkv", r"\1attn.qkv1"),
-    (r"(pairs\.\d+\.1\.)attention\.spatial", r"\1attn.qkv2"),
-    (r"(pairs\.\d+\.1\.)attention\.out", r"\1attn.proj"),
-    (r"(pairs\.\d+\.1\.)feed\.0", r"\1mlp.project_in"),
-    (r"(pairs\.\d+\.1\.)feed\.2", r"\1mlp.project_out"),
-    (r"attention\.spatial", "attn.qkv_dwconv"),
-    (r"attention\.out", "attn.project_out"),
-    (r"attention\.", "attn."),
-    (r"feed\.rise", "feed.linear1.0"),
-    (r"feed\.depthwise", "feed.dwconv.0"),
-    (r"feed\.fall", "feed.linear2.0"),
-    (r"base_fusion\.feed", "base_fusion.mlp"),
-    (r"feed\.", "ffn_leff."),
-    (r"(norm[12])\.", r"\1.body."),
-    (r"\.(phi|rho|eta)\.", r".theta_\1.bottleneckBlock."),
-    (r"\.([ryfp])\.", r".\1.bottleneckBlock."),
-    (r"\.mix\.", ".shffleconv."),
-    (r"grdb\.first", "grdb.conv.conv"),
-    (r"grdb\.dense([12])", r"grdb.GRDB.dense.conv\1.conv"),
-    (r"grdb\.dense_out", "grdb.GRDB.convdown.conv"),
-    (r"grdb\.sobel_([xy])", r"grdb.GRDB.sobelconv.conv\1"),
-    (r"grdb\.sobel_out", "grdb.GRDB.convup.conv"),
-    # encoder
-    (r"encoder\.stem", "encoder.patch_embed.proj"),
-    (r"encoder\.shallow", "encoder.encoder_level1.0"),
-    (r"encoder\.base_in", "encoder.baseFeature.conv_first"),
-    (r"encoder\.base\.", "encoder.baseFeature.layers."),
-    (r"\.pairs\.", ".residual_group."),
-    (r"\.bottleneck\.", ".conv."),
-    (r"encoder\.grdb", "encoder.GRDB_module"),
-    (r"encoder\.coupling", "encoder.detailFeature.layer"),
-    (r"cross\.out", "cross.project_out"),
-    (r"(q|kv)_spatial", r"\1_dwconv"),
-    (r"encoder\.cross", "encoder.detailFeature.TCA"),
-    # decoder and detail fusion
-    (r"decoder\.block", "decoder.encoder_level1.0"),
-    (r"decoder\.head", "decoder.output"),
-    (r"detail_fusion\.grdb", "detail_fusion.GRDB"),
-    (r"couplings", "net"),
-    # graph: the release says rgb for infrared and dep for visible
-    (r"graph\.embed_ir", "graph.graph.graph.ppm_rgb.convs"),
-    (r"graph\.embed_vis", "graph.graph.graph.ppm_dep.convs"),
-    (r"within_(ir|vis)\.edge", r"within_\1.C_wgt"),
-    (r"within_(ir|vis)\.gates", r"within_\1.ConvGRU.ConvGates"),
-    (r"within_(ir|vis)\.candidate", r"within_\1.ConvGRU.Conv_ct"),
-    (r"graph\.within_ir", "graph.graph.graph.graph_rgb"),
-    (r"graph\.within_vis", "graph.graph.graph.graph_dep"),
-    (r"graph\.a\.", "graph.graph.graph.C_pa.0."),
-    (r"graph\.b\.", "graph.graph.graph.C_pa.1."),
-    (r"graph\.merge_ir", "graph.graph.C_cat.0"),
-    (r"graph\.merge_vis", "graph.graph.C_cat.1"),
-    (r"graph\.join", "graph.C_cls"),
-    # the five entries
-    (r"^encoder\.", "DIDF_Encoder/module."),
-    (r"^decoder\.", "DIDF_Decoder/module."),
-    (r"^base_fusion\.", "BaseFuseLayer/module."),
-    (r"^detail_fusion\.", "DetailFuseLayer/module."),
-    (r"^graph\.", "GraphModel/module."),
-)]
+RENAMING = [
+    (re.compile(old), new)
+    for old, new in (
+        # blocks; T2 first, while its path still shows
+        (r"(pairs\.\d+\.1\.)attention\.temperature", r"\1attn.scale"),
+        (r"(pairs\.\d+\.1\.)attention\.qkv", r"\1attn.qkv1"),
+        (r"(pairs\.\d+\.1\.)attention\.spatial", r"\1attn.qkv2"),
+        (r"(pairs\.\d+\.1\.)attention\.out", r"\1attn.proj"),
+        (r"(pairs\.\d+\.1\.)feed\.0", r"\1mlp.project_in"),
+        (r"(pairs\.\d+\.1\.)feed\.2", r"\1mlp.project_out"),
+        (r"attention\.spatial", "attn.qkv_dwconv"),
+        (r"attention\.out", "attn.project_out"),
+        (r"attention\.", "attn."),
+        (r"feed\.rise", "feed.linear1.0"),
+        (r"feed\.depthwise", "feed.dwconv.0"),
+        (r"feed\.fall", "feed.linear2.0"),
+        (r"base_fusion\.feed", "base_fusion.mlp"),
+        (r"feed\.", "ffn_leff."),
+        (r"(norm[12])\.", r"\1.body."),
+        (r"\.(phi|rho|eta)\.", r".theta_\1.bottleneckBlock."),
+        (r"\.([ryfp])\.", r".\1.bottleneckBlock."),
+        (r"\.mix\.", ".shffleconv."),
+        (r"grdb\.first", "grdb.conv.conv"),
+        (r"grdb\.dense([12])", r"grdb.GRDB.dense.conv\1.conv"),
+        (r"grdb\.dense_out", "grdb.GRDB.convdown.conv"),
+        (r"grdb\.sobel_([xy])", r"grdb.GRDB.sobelconv.conv\1"),
+        (r"grdb\.sobel_out", "grdb.GRDB.convup.conv"),
+        # encoder
+        (r"encoder\.stem", "encoder.patch_embed.proj"),
+        (r"encoder\.shallow", "encoder.encoder_level1.0"),
+        (r"encoder\.base_in", "encoder.baseFeature.conv_first"),
+        (r"encoder\.base\.", "encoder.baseFeature.layers."),
+        (r"\.pairs\.", ".residual_group."),
+        (r"\.bottleneck\.", ".conv."),
+        (r"encoder\.grdb", "encoder.GRDB_module"),
+        (r"encoder\.coupling", "encoder.detailFeature.layer"),
+        (r"cross\.out", "cross.project_out"),
+        (r"(q|kv)_spatial", r"\1_dwconv"),
+        (r"encoder\.cross", "encoder.detailFeature.TCA"),
+        # decoder and detail fusion
+        (r"decoder\.block", "decoder.encoder_level1.0"),
+        (r"decoder\.head", "decoder.output"),
+        (r"detail_fusion\.grdb", "detail_fusion.GRDB"),
+        (r"couplings", "net"),
+        # graph: the release says rgb for infrared and dep for visible
+        (r"graph\.embed_ir", "graph.graph.graph.ppm_rgb.convs"),
+        (r"graph\.embed_vis", "graph.graph.graph.ppm_dep.convs"),
+        (r"within_(ir|vis)\.edge", r"within_\1.C_wgt"),
+        (r"within_(ir|vis)\.gates", r"within_\1.ConvGRU.ConvGates"),
+        (r"within_(ir|vis)\.candidate", r"within_\1.ConvGRU.Conv_ct"),
+        (r"graph\.within_ir", "graph.graph.graph.graph_rgb"),
+        (r"graph\.within_vis", "graph.graph.graph.graph_dep"),
+        (r"graph\.a\.", "graph.graph.graph.C_pa.0."),
+        (r"graph\.b\.", "graph.graph.graph.C_pa.1."),
+        (r"graph\.merge_ir", "graph.graph.C_cat.0"),
+        (r"graph\.merge_vis", "graph.graph.C_cat.1"),
+        (r"graph\.join", "graph.C_cls"),
+        # the five entries
+        (r"^encoder\.", "DIDF_Encoder/module."),
+        (r"^decoder\.", "DIDF_Decoder/module."),
+        (r"^base_fusion\.", "BaseFuseLayer/module."),
+        (r"^detail_fusion\.", "DetailFuseLayer/module."),
+        (r"^graph\.", "GraphModel/module."),
+    )
+]
 
 
 def released_key(name: str) -> str:
     "The release's `entry/key` for one of our state names."
-    for pattern, new in RENAMING: name = pattern.sub(new, name)
+    for pattern, new in RENAMING:
+        name = pattern.sub(new, name)
     return name
 
 
 class LiteralTrainer:
     "Two-stage training as released: an Adam, a step decay and a gradient clip for each of the five sub-networks."
 
-    STAGES = {1: ("encoder", "decoder", "graph"), 2: ("encoder", "decoder", "base_fusion", "detail_fusion", "graph")}
+    STAGES = {
+        1: ("encoder", "decoder", "graph"),
+        2: ("encoder", "decoder", "base_fusion", "detail_fusion", "graph"),
+    }
 
     def __init__(
         self,
@@ -480,22 +505,28 @@ class LiteralTrainer:
     ):
         self.model, self.stage, self.lr_floor, self.clip = model, stage, lr_floor, clip
         self.optimisers = {n: torch.optim.Adam(getattr(model, n).parameters(), lr=lr) for n in self.STAGES[2]}
-        self.schedules = {n: torch.optim.lr_scheduler.StepLR(o, step_size=decay_epochs, gamma=decay)
-                          for n, o in self.optimisers.items()}
+        self.schedules = {
+            n: torch.optim.lr_scheduler.StepLR(o, step_size=decay_epochs, gamma=decay)
+            for n, o in self.optimisers.items()
+        }
 
     def step(self, vis: Tensor, ir: Tensor, loss_fn: Callable[[dict[str, Tensor]], Tensor]) -> float:
         "One update from one batch; `loss_fn` maps the features of the stage to a scalar, which is returned."
         self.model.train()
         active = self.STAGES[self.stage]
-        for optimiser in self.optimisers.values(): optimiser.zero_grad()
+        for optimiser in self.optimisers.values():
+            optimiser.zero_grad()
         loss = loss_fn(self.model(vis=vis, ir=ir, stage=self.stage))
         loss.backward()
-        for name in active: nn.utils.clip_grad_norm_(getattr(self.model, name).parameters(), self.clip)
-        for name in active: self.optimisers[name].step()
+        for name in active:
+            nn.utils.clip_grad_norm_(getattr(self.model, name).parameters(), self.clip)
+        for name in active:
+            self.optimisers[name].step()
         return loss.item()
 
     def end_epoch(self) -> None:
         "Advance the schedules of the sub-networks that this stage trains, and keep rates at or above the floor."
         for name in self.STAGES[self.stage]:
             self.schedules[name].step()
-            for group in self.optimisers[name].param_groups: group["lr"] = max(group["lr"], self.lr_floor)
+            for group in self.optimisers[name].param_groups:
+                group["lr"] = max(group["lr"], self.lr_floor)

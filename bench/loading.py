@@ -24,11 +24,13 @@ def measure(args) -> dict:
     import torch
 
     torch.set_num_threads(1)
-    from smfnet.data.patches import PatchSet
     from smfnet.data.pairs import get_pairs, patch_loader
+    from smfnet.data.patches import PatchSet
 
     name = Path(args.set) if Path(args.set).is_dir() else args.set
-    pairs = get_pairs(name, None if isinstance(name, Path) else args.split, root=args.root, memory=args.memory)
+    pairs = get_pairs(
+        name, None if isinstance(name, Path) else args.split, root=args.root, memory=args.memory
+    )
     start = time.perf_counter()
     patches = PatchSet(pairs, patch=args.patch, stride=args.patch)
     setup = time.perf_counter() - start
@@ -50,26 +52,61 @@ def measure(args) -> dict:
         count += seen
         first_epoch = first_epoch or seen / (time.perf_counter() - started)
         epoch += 1
-    return {"pairs_per_second": count / (time.perf_counter() - begin), "first_epoch": first_epoch, "epochs": epoch, "patches": len(patches), "setup_s": setup}
+    return {
+        "pairs_per_second": count / (time.perf_counter() - begin),
+        "first_epoch": first_epoch,
+        "epochs": epoch,
+        "patches": len(patches),
+        "setup_s": setup,
+    }
 
 
 def _row(args, workers: int, memory: int) -> dict:
-    command = [sys.executable, "-m", "bench.loading", "--cell", "--set", args.set, "--split", args.split, "--workers", str(workers), "--memory", str(memory),
-               "--seconds", str(args.seconds), "--batch", str(args.batch), "--patch", str(args.patch), *(["--root", args.root] if args.root else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "bench.loading",
+        "--cell",
+        "--set",
+        args.set,
+        "--split",
+        args.split,
+        "--workers",
+        str(workers),
+        "--memory",
+        str(memory),
+        "--seconds",
+        str(args.seconds),
+        "--batch",
+        str(args.batch),
+        "--patch",
+        str(args.patch),
+        *(["--root", args.root] if args.root else []),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        return {"failed": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"}
+        return {
+            "failed": done.stderr.strip().splitlines()[-1]
+            if done.stderr.strip()
+            else f"exit {done.returncode}"
+        }
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m bench.loading", description=__doc__.splitlines()[0])
-    p.add_argument("--set", default="RoadScene", help="data set, or a folder that holds ir/ and vi/ (default: %(default)s)")
+    p.add_argument(
+        "--set",
+        default="RoadScene",
+        help="data set, or a folder that holds ir/ and vi/ (default: %(default)s)",
+    )
     p.add_argument("--split", default="train", help="of the data set (default: %(default)s)")
     p.add_argument("--root", help="folder that holds the sets (default: SMFNET_DATA, then data/)")
     p.add_argument("--patch", type=int, default=128, help="side, pixels (default: %(default)s)")
     p.add_argument("--batch", type=int, default=8, help="pairs (default: %(default)s)")
-    p.add_argument("--workers", type=int, default=2, help="processes that decode and cut (default: %(default)s)")
+    p.add_argument(
+        "--workers", type=int, default=2, help="processes that decode and cut (default: %(default)s)"
+    )
     p.add_argument("--seconds", type=float, default=10, help="time of each row (default: %(default)s)")
     p.add_argument("--json", metavar="FILE", help="write all numbers and the environment to FILE")
     p.add_argument("--memory", type=int, default=0, help=argparse.SUPPRESS)
@@ -78,15 +115,40 @@ def main(argv: list[str] | None = None) -> int:
     if args.cell:
         print(json.dumps(measure(args)))
         return 0
-    results = {f"{way}, {w} workers": _row(args, w, memory) for way, memory in WAYS.items() for w in dict.fromkeys((0, args.workers))}
+    results = {
+        f"{way}, {w} workers": _row(args, w, memory)
+        for way, memory in WAYS.items()
+        for w in dict.fromkeys((0, args.workers))
+    }
     for way, r in results.items():
-        print(f"{way:36} " + (f"failed: {r['failed']}" if "failed" in r else f"{r['pairs_per_second']:8.0f} pairs/s   first epoch {r['first_epoch']:6.0f} pairs/s   {r['patches']} patches, listed in {r['setup_s']:.1f} s"))
-    reached = all(r.get("first_epoch", 0) >= NEEDED for way, r in results.items() if way.endswith(f"{args.workers} workers"))
-    print(f"{NEEDED} pairs/s with {args.workers} workers, also in the first epoch: {'reached' if reached else 'not reached'}")
+        print(
+            f"{way:36} "
+            + (
+                f"failed: {r['failed']}"
+                if "failed" in r
+                else f"{r['pairs_per_second']:8.0f} pairs/s   first epoch {r['first_epoch']:6.0f} pairs/s   {r['patches']} patches, listed in {r['setup_s']:.1f} s"
+            )
+        )
+    reached = all(
+        r.get("first_epoch", 0) >= NEEDED
+        for way, r in results.items()
+        if way.endswith(f"{args.workers} workers")
+    )
+    print(
+        f"{NEEDED} pairs/s with {args.workers} workers, also in the first epoch: {'reached' if reached else 'not reached'}"
+    )
     if args.json:
         from smfnet.core.provenance import environment, git_revision, write_json
 
-        write_json(args.json, {"results": results, "environment": environment(), "git": git_revision(), "command": ["python", "-m", "bench.loading", *(argv or sys.argv[1:])]})
+        write_json(
+            args.json,
+            {
+                "results": results,
+                "environment": environment(),
+                "git": git_revision(),
+                "command": ["python", "-m", "bench.loading", *(argv or sys.argv[1:])],
+            },
+        )
     return int(any("failed" in r for r in results.values()))
 
 

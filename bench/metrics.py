@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from smfnet.metrics import evaluate
 from smfnet.core.provenance import environment, write_json
 from smfnet.data.scenes import render_scene
+from smfnet.metrics import evaluate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import metrics_reference as reference  # noqa: E402
@@ -62,7 +62,10 @@ def speed(rounds):
     two = [seconds(lambda: evaluate(**images)) for _ in range(4 * rounds)]
     torch.set_num_threads(1)
     result = {name: summary(t) for name, t in times.items()} | {"fast_two_threads": summary(two)}
-    return result | {"ratio": result["plain"]["median"] / result["fast"]["median"], "largest_relative_difference": worst}
+    return result | {
+        "ratio": result["plain"]["median"] / result["fast"]["median"],
+        "largest_relative_difference": worst,
+    }
 
 
 def peak_mb():
@@ -77,31 +80,50 @@ def memory():
     torch.set_num_threads(1)
     before = peak_mb()
     took = seconds(lambda: evaluate(**images))
-    print(json.dumps({"before_mb": before, "peak_mb": peak_mb(), "extra_mb": peak_mb() - before, "seconds": took}))
+    print(
+        json.dumps(
+            {"before_mb": before, "peak_mb": peak_mb(), "extra_mb": peak_mb() - before, "seconds": took}
+        )
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--rounds", type=int, default=9, help="measurements of the plain reference (default: 9)")
+    parser.add_argument(
+        "--rounds", type=int, default=9, help="measurements of the plain reference (default: 9)"
+    )
     parser.add_argument("--memory-only", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_only:
         return memory()
     s = speed(args.rounds)
-    child = subprocess.run([sys.executable, __file__, "--memory-only"], check=True, capture_output=True, text=True)
+    child = subprocess.run(
+        [sys.executable, __file__, "--memory-only"], check=True, capture_output=True, text=True
+    )
     m = json.loads(child.stdout)
     print("768×576, nine metrics, seconds (median, fastest)")
     for name in ("plain", "fast", "fast_two_threads"):
         print(f"  {name:18} {s[name]['median']:.3f}  {s[name]['fastest']:.3f}")
     print(f"  plain / fast, one thread each: {s['ratio']:.1f} (goal {GOALS['ratio']:.0f})")
     print(f"  largest relative difference of a metric: {s['largest_relative_difference']:.1e}")
-    print(f"3840×2160: {m['seconds']:.1f} s, peak {m['peak_mb']:.0f} MB, of it {m['extra_mb']:.0f} MB for measuring (goal {GOALS['memory_mb']:.0f})")
+    print(
+        f"3840×2160: {m['seconds']:.1f} s, peak {m['peak_mb']:.0f} MB, of it {m['extra_mb']:.0f} MB for measuring (goal {GOALS['memory_mb']:.0f})"
+    )
     slow = min(s["fast"]["median"], s["fast_two_threads"]["median"]) > GOALS["seconds"]
     met = s["ratio"] >= GOALS["ratio"] and not slow and m["extra_mb"] < GOALS["memory_mb"]
     print("all goals met" if met else "NOT all goals met")
     if args.json:
-        write_json(args.json, {"speed_768x576": s, "memory_3840x2160": m, "goals": GOALS, "met": met, "environment": environment()})
+        write_json(
+            args.json,
+            {
+                "speed_768x576": s,
+                "memory_3840x2160": m,
+                "goals": GOALS,
+                "met": met,
+                "environment": environment(),
+            },
+        )
     return 0 if met else 1
 
 

@@ -55,11 +55,13 @@ def peak_bytes(reset: bool = False) -> int:
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:
             pass  # not allowed in some containers; the peak since the start is as good, a model was just loaded
-    return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return next(
+        1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")
+    )
 
 
 def _peak_mb() -> float:
-    return peak_bytes() / 2 ** 20
+    return peak_bytes() / 2**20
 
 
 def _gflop(call) -> float:
@@ -69,7 +71,9 @@ def _gflop(call) -> float:
     def mkldnn(x, w, bias, padding, stride, dilation, groups, *, out_shape, **kwargs):
         return conv_flop_count(x, w, out_shape)
 
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mkldnn_convolution: mkldnn}) as counter:
+    with FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.mkldnn_convolution: mkldnn}
+    ) as counter:
         call()
     return counter.get_total_flops() / 1e9
 
@@ -116,7 +120,9 @@ def train_cell(name: str, size: str, repeats: int) -> dict:
             optimiser.step()
 
     times = []
-    for _ in range(repeats + 3):  # the first three steps find their memory and optimiser state, and do not count
+    for _ in range(
+        repeats + 3
+    ):  # the first three steps find their memory and optimiser state, and do not count
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)
@@ -134,10 +140,26 @@ def cell_environment(name: str) -> dict[str, str]:
 
 def _run_cell(kind: str, name: str, size: str, args) -> dict:
     "One cell in a fresh process."
-    command = [sys.executable, "-m", "bench.run", "--cell", kind, name, size, "--repeats", str(args.repeats), "--threads", str(args.threads)]
+    command = [
+        sys.executable,
+        "-m",
+        "bench.run",
+        "--cell",
+        kind,
+        name,
+        size,
+        "--repeats",
+        str(args.repeats),
+        "--threads",
+        str(args.threads),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=cell_environment(name))
     if done.returncode:
-        return {"failed": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"}
+        return {
+            "failed": done.stderr.strip().splitlines()[-1]
+            if done.stderr.strip()
+            else f"exit {done.returncode}"
+        }
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -156,18 +178,37 @@ def _print_row(kind: str, size: str, cells: dict) -> None:
         if "failed" in c:
             print(f"{kind:6} {size:>9} {name:8} failed: {c['failed']}")
             continue
-        extra = f"{c['gflop']:9.1f} GFLOP {c['gflop'] / c['seconds']:7.1f} GFLOP/s" if "gflop" in c else f"{c['images_per_second']:7.3f} images/s"
+        extra = (
+            f"{c['gflop']:9.1f} GFLOP {c['gflop'] / c['seconds']:7.1f} GFLOP/s"
+            if "gflop" in c
+            else f"{c['images_per_second']:7.3f} images/s"
+        )
         print(f"{kind:6} {size:>9} {name:8} {c['seconds']:8.3f} s {c['peak_mb']:8.0f} MB {extra}")
     if all("seconds" in c for c in cells.values()):
         a, b = (cells[n] for n in IMPLEMENTATIONS)
-        print(f"{kind:6} {size:>9} ratio    {a['seconds'] / b['seconds']:8.2f} × faster, {a['peak_mb'] / b['peak_mb']:.2f} × less memory")
+        print(
+            f"{kind:6} {size:>9} ratio    {a['seconds'] / b['seconds']:8.2f} × faster, {a['peak_mb'] / b['peak_mb']:.2f} × less memory"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.splitlines()[0])
-    p.add_argument("--sizes", nargs="+", default=list(SIZES), metavar="WxH", help="image sizes to fuse (default: %(default)s)")
-    p.add_argument("--train-size", default="128x128", metavar="WxH", help="patch of the training step; empty: none (default: %(default)s)")
-    p.add_argument("--repeats", type=int, default=3, help="runs of each cell, the best counts (default: %(default)s)")
+    p.add_argument(
+        "--sizes",
+        nargs="+",
+        default=list(SIZES),
+        metavar="WxH",
+        help="image sizes to fuse (default: %(default)s)",
+    )
+    p.add_argument(
+        "--train-size",
+        default="128x128",
+        metavar="WxH",
+        help="patch of the training step; empty: none (default: %(default)s)",
+    )
+    p.add_argument(
+        "--repeats", type=int, default=3, help="runs of each cell, the best counts (default: %(default)s)"
+    )
     p.add_argument("--threads", type=int, default=0, help="threads of PyTorch; 0: its own choice")
     p.add_argument("--json", metavar="FILE", help="write all numbers and the environment to FILE")
     p.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
@@ -190,13 +231,27 @@ def main(argv: list[str] | None = None) -> int:
         _print_row(kind, size, cells)
         if kind == "fuse":
             cells["difference"] = _difference(size)
-            print(f"{kind:6} {size:>9} largest difference of the results: {cells['difference']:.1e}" if cells["difference"] is not None else "")
+            print(
+                f"{kind:6} {size:>9} largest difference of the results: {cells['difference']:.1e}"
+                if cells["difference"] is not None
+                else ""
+            )
     if args.json:
         from smfnet.core.provenance import environment, git_revision, write_json
 
-        write_json(args.json, {"results": results, "environment": environment(), "git": git_revision(), "machine": platform.processor(),
-                               "command": ["python", "-m", "bench.run", *(argv or sys.argv[1:])]})
-    return int(any("failed" in c for cells in results.values() for c in cells.values() if isinstance(c, dict)))
+        write_json(
+            args.json,
+            {
+                "results": results,
+                "environment": environment(),
+                "git": git_revision(),
+                "machine": platform.processor(),
+                "command": ["python", "-m", "bench.run", *(argv or sys.argv[1:])],
+            },
+        )
+    return int(
+        any("failed" in c for cells in results.values() for c in cells.values() if isinstance(c, dict))
+    )
 
 
 if __name__ == "__main__":

@@ -17,59 +17,110 @@ from . import __version__
 def _count(text: str) -> int:
     "A positive integer, or an error that argparse reports."
     number = int(text)
-    if number < 1: raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return number
 
+# %% ../nbs/cli.ipynb #7ab24a39
 def _memory(text: str) -> int:
     "Bytes, or an error that argparse reports."
     from smfnet.core.checks import InputError
     from smfnet.fast.tiles import parse_memory
-    try: return parse_memory(text)
-    except InputError as e: raise argparse.ArgumentTypeError(str(e)) from e
+    try:
+        return parse_memory(text)
+    except InputError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
 
+# %% ../nbs/cli.ipynb #ea1bfdf6
 def _model_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--weights", default="tiny", metavar="PATH|tiny", help="shipped model, weights file, released checkpoint or exported .onnx (default: tiny)")
-    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute (default: a GPU if there is one)")
-    p.add_argument("--threads", type=_count, metavar="N", help="processor threads (default: PyTorch's choice)")
-    p.add_argument("--max-memory", type=_memory, metavar="SIZE",
-                   help="memory for one pair, e.g. 4GB or 500MB; larger pictures are computed piece by piece, with the same result (default: from what is free)")
+    p.add_argument(
+        "--weights", default="tiny", metavar="PATH|tiny",
+        help="shipped model, weights file, released checkpoint or exported .onnx (default: tiny)",
+    )
+    p.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"),
+        help="where to compute (default: a GPU if there is one)",
+    )
+    p.add_argument(
+        "--threads", type=_count, metavar="N", help="processor threads (default: PyTorch's choice)"
+    )
+    p.add_argument(
+        "--max-memory", type=_memory, metavar="SIZE",
+        help="memory for one pair, e.g. 4GB or 500MB; larger pictures are computed piece by piece, with the same result (default: from what is free)",
+    )
 
+# %% ../nbs/cli.ipynb #1813c055
 def _fuse_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--ir", required=True, metavar="PATH", help="infrared file or folder, or a root that holds ir/")
-    p.add_argument("--vis", required=True, metavar="PATH", help="visible file or folder, or a root that holds vi/, vis/ or visible/")
+    p.add_argument(
+        "--ir", required=True, metavar="PATH", help="infrared file or folder, or a root that holds ir/"
+    )
+    p.add_argument(
+        "--vis", required=True, metavar="PATH",
+        help="visible file or folder, or a root that holds vi/, vis/ or visible/",
+    )
     p.add_argument("--out", required=True, metavar="DIR", help="folder that receives <stem>.png")
     _model_options(p)
-    p.add_argument("--range", nargs=2, type=float, metavar=("LO", "HI"),
-                   help="infrared values that become black and white, in the file's units (default: robust range for 16-bit images)")
+    p.add_argument(
+        "--range", nargs=2, type=float, metavar=("LO", "HI"),
+        help="infrared values that become black and white, in the file's units (default: robust range for 16-bit images)",
+    )
     p.add_argument("--stretch", action="store_true", help="stretch each fused image to the full range")
     p.add_argument("--skip-existing", action="store_true", help="leave images alone that are there already")
 
+# %% ../nbs/cli.ipynb #2d7a5511
 def _evaluate_options(p: argparse.ArgumentParser) -> None:
     for name, text in (("fused", "folder of fused images"), ("ir", "infrared folder"), ("vis", "visible folder")):
         p.add_argument(f"--{name}", required=True, metavar="DIR", help=text)
     p.add_argument("--protocol", default="table1", help="named set of conventions (default: table1)")
     p.add_argument("--csv", metavar="FILE", help="table to write, one row an image")
-    p.add_argument("--compare", nargs="+", default=[], metavar="DIR", help="folders of other methods to compare with, pair by pair")
+    p.add_argument(
+        "--compare", nargs="+", default=[], metavar="DIR",
+        help="folders of other methods to compare with, pair by pair",
+    )
     p.add_argument("--workers", type=_count, default=1, metavar="N", help="processes (default: 1)")
 
 # %% ../nbs/cli.ipynb #50854f91
 def _video_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--ir", required=True, metavar="PATH", help="infrared video, folder of frames, or a root that holds ir/")
-    p.add_argument("--vis", required=True, metavar="PATH", help="visible video, folder of frames, or a root that holds vi/, vis/ or visible/")
-    p.add_argument("--out", required=True, metavar="PATH", help=".mkv (exact, 8 or 16 bits), .mp4 (8 bits, compressed), or a folder that receives PNG")
+    p.add_argument(
+        "--ir", required=True, metavar="PATH",
+        help="infrared video, folder of frames, or a root that holds ir/",
+    )
+    p.add_argument(
+        "--vis", required=True, metavar="PATH",
+        help="visible video, folder of frames, or a root that holds vi/, vis/ or visible/",
+    )
+    p.add_argument(
+        "--out", required=True, metavar="PATH",
+        help=".mkv (exact, 8 or 16 bits), .mp4 (8 bits, compressed), or a folder that receives PNG",
+    )
     _model_options(p)
     scale = p.add_mutually_exclusive_group()
-    scale.add_argument("--range", nargs=2, type=float, metavar=("LO", "HI"),
-                       help="infrared values that become black and white in all frames (default: robust range of the first frame if it has more than 8 bits)")
-    scale.add_argument("--range-per-frame", dest="range", action="store_const", const="frame", help="choose the range anew in every frame; may flicker")
-    p.add_argument("--fps", type=float, metavar="N", help="frames per second of a written video (default: as the inputs; 25 for folders)")
+    scale.add_argument(
+        "--range", nargs=2, type=float, metavar=("LO", "HI"),
+        help="infrared values that become black and white in all frames (default: robust range of the first frame if it has more than 8 bits)",
+    )
+    scale.add_argument(
+        "--range-per-frame", dest="range", action="store_const", const="frame",
+        help="choose the range anew in every frame; may flicker",
+    )
+    p.add_argument(
+        "--fps", type=float, metavar="N",
+        help="frames per second of a written video (default: as the inputs; 25 for folders)",
+    )
 
+# %% ../nbs/cli.ipynb #d1c80211
 def _export_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--weights", default="tiny", metavar="PATH|tiny", help="shipped model, weights file or released checkpoint (default: tiny)")
+    p.add_argument(
+        "--weights", default="tiny", metavar="PATH|tiny",
+        help="shipped model, weights file or released checkpoint (default: tiny)",
+    )
     p.add_argument("--out", required=True, metavar="FILE", help="file to write, ends in .onnx")
 
 # %% ../nbs/cli.ipynb #0c419b25
-_ROOT = {"read": "folder that holds the sets (default: SMFNET_DATA, then data/)", "write": "folder that receives the set (default: data/)"}
+_ROOT = {
+    "read": "folder that holds the sets (default: SMFNET_DATA, then data/)",
+    "write": "folder that receives the set (default: data/)",
+}
 
 def _data_options(p: argparse.ArgumentParser) -> None:
     tasks = p.add_subparsers(required=True, metavar="TASK", dest="task")
@@ -87,10 +138,18 @@ def _data_options(p: argparse.ArgumentParser) -> None:
     add.add_argument("path", metavar="PATH", help="archive (.zip, .tar, .tar.gz, …) or folder")
     verify = task("verify", "compare data sets with the registry, by content", "read")
     verify.add_argument("name", nargs="?", metavar="NAME", help="data set (default: all that are here)")
-    check = task("check", "look for faults in pairs of your own: size, depth, brightness, repetition, alignment", None)
-    check.add_argument("folder", nargs="?", metavar="DIR", help="folder that holds ir/ and vi/, vis/ or visible/")
-    for side, text in (("ir", "infrared"), ("vis", "visible")): check.add_argument(f"--{side}", metavar="DIR", help=f"{text} folder, instead of DIR")
-    check.add_argument("--tolerance", type=float, default=3.0, metavar="PIXELS", help="displacement that is accepted (default: 3)")
+    check = task(
+        "check", "look for faults in pairs of your own: size, depth, brightness, repetition, alignment", None
+    )
+    check.add_argument(
+        "folder", nargs="?", metavar="DIR", help="folder that holds ir/ and vi/, vis/ or visible/"
+    )
+    for side, text in (("ir", "infrared"), ("vis", "visible")):
+        check.add_argument(f"--{side}", metavar="DIR", help=f"{text} folder, instead of DIR")
+    check.add_argument(
+        "--tolerance", type=float, default=3.0, metavar="PIXELS",
+        help="displacement that is accepted (default: 3)",
+    )
     check.add_argument("--pictures", metavar="DIR", help="receives a picture of each likely displacement")
 
 # %% ../nbs/cli.ipynb #02a5d25b
@@ -119,8 +178,14 @@ def _model(args: argparse.Namespace):
     if not args.weights.lower().endswith(".onnx"): return args.weights
     from smfnet.core.checks import InputError
     from smfnet.fusion.onnx import OnnxModel
-    if args.device == "cuda": raise InputError(f"{args.weights}: exported networks run on the CPU here; leave out --device, or give the weights themselves")
-    if args.max_memory: raise InputError(f"{args.weights}: exported networks have no --max-memory; leave it out, or give the weights themselves")
+    if args.device == "cuda":
+        raise InputError(
+            f"{args.weights}: exported networks run on the CPU here; leave out --device, or give the weights themselves"
+        )
+    if args.max_memory:
+        raise InputError(
+            f"{args.weights}: exported networks have no --max-memory; leave it out, or give the weights themselves"
+        )
     return OnnxModel(args.weights, threads=args.threads)
 
 # %% ../nbs/cli.ipynb #13e9683b
@@ -129,21 +194,27 @@ def run_fuse(
 ) -> int:  # 0, 1 if some pairs failed, 2 if all did
     "Fuse files or folders and print what was done."
     from smfnet.fusion.files import fuse_folder
-    report = fuse_folder(ir=args.ir, vis=args.vis, out=args.out, model=_model(args), stretch=args.stretch,
-                         range=args.range, device=args.device, max_memory=args.max_memory, skip_existing=args.skip_existing)
+    report = fuse_folder(
+        ir=args.ir, vis=args.vis, out=args.out, model=_model(args), stretch=args.stretch, range=args.range,
+        device=args.device, max_memory=args.max_memory, skip_existing=args.skip_existing,
+    )
     print(report.summary(), file=sys.stdout if report.ok else sys.stderr)
     return 0 if report.ok else 1 if report.written or report.skipped else 2
 
+# %% ../nbs/cli.ipynb #06f2ca8e
 def run_video(
     args: argparse.Namespace,  # options of `smfnet video`
 ) -> int:  # 0; bad input raises `InputError`
     "Fuse two clips and print how fast."
     from smfnet.fusion.video import fuse_video
-    report = fuse_video(ir=args.ir, vis=args.vis, out=args.out, model=_model(args), range=args.range, fps=args.fps,
-                        device=args.device, max_memory=args.max_memory)
+    report = fuse_video(
+        ir=args.ir, vis=args.vis, out=args.out, model=_model(args), range=args.range, fps=args.fps,
+        device=args.device, max_memory=args.max_memory,
+    )
     print(report.summary())
     return 0
 
+# %% ../nbs/cli.ipynb #e748b639
 def run_export_onnx(
     args: argparse.Namespace,  # options of `smfnet export-onnx`
 ) -> int:  # 0; bad input raises `InputError`
@@ -154,6 +225,7 @@ def run_export_onnx(
     print(f"{args.out} written; its largest difference from PyTorch on a test pair is {difference:.1e}")
     return 0
 
+# %% ../nbs/cli.ipynb #54fa24b2
 def run_evaluate(
     args: argparse.Namespace,  # options of `smfnet evaluate`
 ) -> int:  # 0
@@ -165,26 +237,45 @@ def run_evaluate(
 # %% ../nbs/cli.ipynb #8d393014
 def _list_data(args: argparse.Namespace) -> int:
     from smfnet.data.acquire import inventory
-    rows = [("set", "split", "pairs", "state", "where"), *(tuple(e[k] for k in ("set", "split", "pairs", "state", "place")) for e in inventory(args.root))]
+    rows = [
+        ("set", "split", "pairs", "state", "where"),
+        *(tuple(e[k] for k in ("set", "split", "pairs", "state", "place")) for e in inventory(args.root)),
+    ]
     widths = [max(len(r[i]) for r in rows) for i in range(5)]
-    for r in rows: print("  ".join(text.rjust(w) if i == 2 else text.ljust(w) for i, (text, w) in enumerate(zip(r, widths))).rstrip())
+    for r in rows:
+        print(
+            "  ".join(
+                text.rjust(w) if i == 2 else text.ljust(w) for i, (text, w) in enumerate(zip(r, widths))
+            ).rstrip()
+        )
     print("Pairs in brackets are stated by others, not counted on files. A question mark: unknown.")
     return 0
 
+# %% ../nbs/cli.ipynb #2b24d68c
 def _obtain_data(args: argparse.Namespace) -> int:
     from smfnet.data.acquire import add, get
-    outcome = get(args.name, args.splits, root=args.root, mirror=args.mirror) if args.task == "get" else add(args.name, args.path, root=args.root)
+    outcome = (
+        get(args.name, args.splits, root=args.root, mirror=args.mirror)
+        if args.task == "get"
+        else add(args.name, args.path, root=args.root)
+    )
     for line in outcome.installed: print(line)
     for line in outcome.notes: print(f"note: {line}")
     for line in outcome.problems: print(f"not installed: {line}", file=sys.stderr)
     return 1 if outcome.problems else 0
 
+# %% ../nbs/cli.ipynb #1a273a98
 def _verify_data(args: argparse.Namespace) -> int:
     from smfnet.data.acquire import verify, verify_all
-    reports = [verify(args.name, root=args.root, progress=True)] if args.name else verify_all(root=args.root, progress=True)
+    reports = (
+        [verify(args.name, root=args.root, progress=True)]
+        if args.name
+        else verify_all(root=args.root, progress=True)
+    )
     for report in reports: print(*report.lines(), sep="\n")
     return 0 if all(r.ok for r in reports) else 1
 
+# %% ../nbs/cli.ipynb #57a5ce6d
 def _check_data(args: argparse.Namespace) -> int:
     from pathlib import Path
 
@@ -195,11 +286,15 @@ def _check_data(args: argparse.Namespace) -> int:
     print(*report.lines(), sep="\n")
     return 1 if report.findings else 0
 
+# %% ../nbs/cli.ipynb #b8946fc0
 def run_data(
     args: argparse.Namespace,  # options of `smfnet data TASK`
 ) -> int:  # 0, or 1 if a check found something or a part could not be installed
     "List, fetch, import, verify or check data sets, and print what was found."
-    tasks = {"list": _list_data, "get": _obtain_data, "add": _obtain_data, "verify": _verify_data, "check": _check_data}
+    tasks = {
+        "list": _list_data, "get": _obtain_data, "add": _obtain_data, "verify": _verify_data,
+        "check": _check_data,
+    }
     return tasks[args.task](args)
 
 # %% ../nbs/cli.ipynb #d3f14022
@@ -211,6 +306,7 @@ def _attempt(args: argparse.Namespace) -> int:
         print(f"smfnet: error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
 
+# %% ../nbs/cli.ipynb #08618e2e
 def main(
     argv: Sequence[str] | None = None,  # arguments without the program's name; by default those of the process
 ) -> int:  # exit status: 0, 1, 2 or 130
@@ -218,7 +314,9 @@ def main(
     args = build_parser().parse_args(argv)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="torch|PIL")  # remarks on damaged files, which get our own line
+            warnings.filterwarnings(
+                "ignore", module="torch|PIL"
+            )  # remarks on damaged files, which get our own line
             return _attempt(args)
     except KeyboardInterrupt:
         print("smfnet: interrupted; finished files are kept", file=sys.stderr)

@@ -39,33 +39,50 @@ class Parameter:
     default: object  # literal value
     help: str  # the comment behind it
 
+# %% ../nbs/pipeline.ipynb #e136a4f1
 def _code(cell: Mapping) -> str:
     return "".join(cell["source"])
 
+# %% ../nbs/pipeline.ipynb #5c7c4e2c
 def _cells(notebook: Path) -> list[dict]:
-    try: return json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    except OSError as e: raise InputError(f"{notebook}: cannot be read ({e.strerror}); check the path") from e
-    except (ValueError, KeyError, TypeError) as e: raise InputError(f"{notebook}: is not a notebook ({e}); restore the file") from e
+    try:
+        return json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    except OSError as e:
+        raise InputError(f"{notebook}: cannot be read ({e.strerror}); check the path") from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise InputError(f"{notebook}: is not a notebook ({e}); restore the file") from e
 
 # %% ../nbs/pipeline.ipynb #eb1db77d
 def _parameter(line: ast.stmt, notebook: Path, comments: Mapping[int, str]) -> Parameter:
-    form = f"{notebook}: the parameters cell has '{ast.unparse(line)}'; write 'name: type = literal  # meaning'"
-    if not isinstance(line, ast.AnnAssign) or not isinstance(line.target, ast.Name) or line.value is None: raise InputError(form)
-    try: default = ast.literal_eval(line.value)
-    except ValueError as e: raise InputError(form) from e
+    form = (
+        f"{notebook}: the parameters cell has '{ast.unparse(line)}'; write 'name: type = literal  # meaning'"
+    )
+    if not isinstance(line, ast.AnnAssign) or not isinstance(line.target, ast.Name) or line.value is None:
+        raise InputError(form)
+    try:
+        default = ast.literal_eval(line.value)
+    except ValueError as e:
+        raise InputError(form) from e
     return Parameter(line.target.id, ast.unparse(line.annotation), default, comments.get(line.end_lineno, ""))
 
+# %% ../nbs/pipeline.ipynb #2c9ac383
 def notebook_parameters(
     notebook: str | Path,  # an experiment notebook
 ) -> dict[str, Parameter]:  # by name, in the order of the cell
     "Read the cell tagged `parameters`; `InputError` unless there is one, with annotated literals only."
     notebook = Path(notebook)
-    tagged = [c for c in _cells(notebook) if c["cell_type"] == "code" and "parameters" in c["metadata"].get("tags", ())]
+    tagged = [
+        c
+        for c in _cells(notebook)
+        if c["cell_type"] == "code" and "parameters" in c["metadata"].get("tags", ())
+    ]
     if len(tagged) != 1:
         raise InputError(f"{notebook}: {len(tagged)} cells carry the tag 'parameters'; exactly one must")
     source = _code(tagged[0])
-    try: lines = ast.parse(source).body
-    except SyntaxError as e: raise InputError(f"{notebook}: the parameters cell is not valid Python ({e})") from e
+    try:
+        lines = ast.parse(source).body
+    except SyntaxError as e:
+        raise InputError(f"{notebook}: the parameters cell is not valid Python ({e})") from e
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
     return {p.name: p for p in (_parameter(line, notebook, comments) for line in lines)}
@@ -73,18 +90,22 @@ def notebook_parameters(
 # %% ../nbs/pipeline.ipynb #1fb35d64
 _TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": (list, tuple), "dict": dict}
 
+# %% ../nbs/pipeline.ipynb #07b0ac64
 def _fits(value, kind: ast.expr) -> bool:
     if isinstance(kind, ast.Constant) and kind.value is None: return value is None
     if isinstance(kind, ast.BinOp): return _fits(value, kind.left) or _fits(value, kind.right)
     if isinstance(kind, ast.Subscript):
         inner = kind.slice.elts if isinstance(kind.slice, ast.Tuple) else [kind.slice]
         if not _fits(value, kind.value): return False
-        if isinstance(value, dict): return all(_fits(k, inner[0]) and _fits(v, inner[-1]) for k, v in value.items())
+        if isinstance(value, dict):
+            return all(_fits(k, inner[0]) and _fits(v, inner[-1]) for k, v in value.items())
         return all(_fits(v, inner[0]) for v in value)
     expected = _TYPES.get(getattr(kind, "id", None))
-    if expected is None: raise InputError(f"the type '{ast.unparse(kind)}' is not among {', '.join(_TYPES)}, None")
+    if expected is None:
+        raise InputError(f"the type '{ast.unparse(kind)}' is not among {', '.join(_TYPES)}, None")
     return isinstance(value, expected) and (not isinstance(value, bool) or expected is bool)
 
+# %% ../nbs/pipeline.ipynb #0264472d
 def _has_type(value, annotation: str) -> bool:
     return _fits(value, ast.parse(annotation, mode="eval").body)
 
@@ -94,6 +115,7 @@ def _unknown(notebook: Path, name: str, known: Iterable[str]) -> InputError:
     hint = f"did you mean '{close[0]}'?" if close else f"it has {', '.join(known)}"
     return InputError(f"{notebook}: has no parameter '{name}'; {hint}")
 
+# %% ../nbs/pipeline.ipynb #e43b76e5
 def check_parameters(
     notebook: str | Path,  # an experiment notebook
     params: Mapping,  # values to pass
@@ -101,22 +123,31 @@ def check_parameters(
     "Refuse parameters that a notebook does not have, and values (defaults too) that are not of the annotated type."
     known = notebook_parameters(notebook)
     for name in params:
-        if name not in known: raise _unknown(Path(notebook), name, known)
+        if name not in known:
+            raise _unknown(Path(notebook), name, known)
     complete = {name: params.get(name, p.default) for name, p in known.items()}
     for name, value in complete.items():
         if not _has_type(value, known[name].annotation):
-            raise InputError(f"{notebook}: {name}={value!r} is not of type {known[name].annotation}; pass such a value")
+            raise InputError(
+                f"{notebook}: {name}={value!r} is not of type {known[name].annotation}; pass such a value"
+            )
     return complete
 
 # %% ../nbs/pipeline.ipynb #e8b22f33
 class NotebookFailure(RuntimeError):
     "A notebook stopped: the message names notebook, cell and error, and the executed copy that was kept."
 
+# %% ../nbs/pipeline.ipynb #4c290417
 def _papermill():
-    try: import papermill
-    except ImportError as e: raise InputError("papermill is not installed; install the notebook tools: pip install 'smfnet[notebooks]'") from e
+    try:
+        import papermill
+    except ImportError as e:
+        raise InputError(
+            "papermill is not installed; install the notebook tools: pip install 'smfnet[notebooks]'"
+        ) from e
     return papermill
 
+# %% ../nbs/pipeline.ipynb #5b8f783d
 @contextlib.contextmanager
 def _working_folder(folder: str | Path | None) -> Iterator[None]:
     before, interval = os.getcwd(), os.environ.get("TQDM_MININTERVAL")
@@ -135,26 +166,43 @@ def _where(notebook: Path, source: str) -> str:
     first = next((line for line in source.splitlines() if line.strip() and not line.startswith("#")), "")
     return f"{notebook}: {number} (`{first.strip()[:60]}`)"
 
+# %% ../nbs/pipeline.ipynb #a0dcc9ff
 def _last_started(executed: Path) -> str:
     if not executed.exists(): return ""
-    started = [c for c in _cells(executed) if c["metadata"].get("papermill", {}).get("status", "pending") != "pending"]
+    started = [
+        c
+        for c in _cells(executed)
+        if c["metadata"].get("papermill", {}).get("status", "pending") != "pending"
+    ]
     return _code(started[-1]) if started else ""
 
+# %% ../nbs/pipeline.ipynb #1b52afa2
 def _execute(notebook: Path, executed: Path, params: dict, kernel: str, progress: bool) -> None:
     pm = _papermill()
     from jupyter_client.kernelspec import NoSuchKernel
     from nbclient.exceptions import DeadKernelError
 
     show = {"stdout_file": sys.stdout, "stderr_file": sys.stderr} if progress else {}
-    if kernel == "python3": show["extra_arguments"] = ["--log-level=ERROR"]  # no warning about connections within this machine
+    if kernel == "python3":
+        show["extra_arguments"] = ["--log-level=ERROR"]  # no warning about connections within this machine
     bar = {"desc": executed.parent.name} if progress else False
-    try: pm.execute_notebook(notebook, executed, parameters=params, kernel_name=kernel, progress_bar=bar, **show)
+    try:
+        pm.execute_notebook(
+            notebook, executed, parameters=params, kernel_name=kernel, progress_bar=bar, **show
+        )
     except pm.PapermillExecutionError as e:
-        raise NotebookFailure(f"{_where(notebook, e.source)} raised {e.ename}: {e.evalue}\nexecuted copy: {executed}") from None
+        raise NotebookFailure(
+            f"{_where(notebook, e.source)} raised {e.ename}: {e.evalue}\nexecuted copy: {executed}"
+        ) from None
     except DeadKernelError:
         where = _where(notebook, _last_started(executed))
-        raise NotebookFailure(f"{where} ended the kernel; was there enough memory?\nexecuted copy: {executed}") from None
-    except NoSuchKernel as e: raise InputError(f"kernel '{kernel}' is not installed; install ipykernel or name another ({e})") from e
+        raise NotebookFailure(
+            f"{where} ended the kernel; was there enough memory?\nexecuted copy: {executed}"
+        ) from None
+    except NoSuchKernel as e:
+        raise InputError(
+            f"kernel '{kernel}' is not installed; install ipykernel or name another ({e})"
+        ) from e
 
 # %% ../nbs/pipeline.ipynb #f8952d30
 def run_notebook(
@@ -218,15 +266,21 @@ def project_root(
     start = Path(start or ".").absolute()
     for folder in (start, *start.parents, Path(smfnet.__file__).absolute().parent.parent):
         if (folder / EXPERIMENTS / "profiles.yaml").is_file(): return folder
-    raise InputError(f"{start}: {EXPERIMENTS}/profiles.yaml is neither here nor above; run this in a clone of the repository")
+    raise InputError(
+        f"{start}: {EXPERIMENTS}/profiles.yaml is neither here nor above; run this in a clone of the repository"
+    )
 
 # %% ../nbs/pipeline.ipynb #83888880
 def _keys(what: str, found: Mapping | None, allowed: set[str]) -> Mapping:
-    if not isinstance(found := found or {}, Mapping): raise InputError(f"profiles.yaml: {what} must be a mapping")
+    if not isinstance(found := found or {}, Mapping):
+        raise InputError(f"profiles.yaml: {what} must be a mapping")
     if extra := set(found) - allowed:
-        raise InputError(f"profiles.yaml: {what} has '{sorted(extra)[0]}'; allowed are {', '.join(sorted(allowed))}")
+        raise InputError(
+            f"profiles.yaml: {what} has '{sorted(extra)[0]}'; allowed are {', '.join(sorted(allowed))}"
+        )
     return found
 
+# %% ../nbs/pipeline.ipynb #a2b2140d
 def read_profiles(
     root: str | Path,  # top of the repository
 ) -> dict:  # stages and profiles as declared
@@ -234,9 +288,12 @@ def read_profiles(
     import yaml  # comes with papermill
 
     path = Path(root) / EXPERIMENTS / "profiles.yaml"
-    try: table = _keys("the file", yaml.safe_load(path.read_text(encoding="utf-8")), {"stages", "profiles"})
-    except (OSError, yaml.YAMLError) as e: raise InputError(f"{path}: cannot be read ({e})") from e
-    if len(table) < 2: raise InputError(f"{path}: needs both 'stages' and 'profiles'")
+    try:
+        table = _keys("the file", yaml.safe_load(path.read_text(encoding="utf-8")), {"stages", "profiles"})
+    except (OSError, yaml.YAMLError) as e:
+        raise InputError(f"{path}: cannot be read ({e})") from e
+    if len(table) < 2:
+        raise InputError(f"{path}: needs both 'stages' and 'profiles'")
     names = set(table["stages"])
     for name, stage in table["stages"].items():
         if "notebook" not in _keys(name, stage, {"notebook", "after", "inputs", "outputs", "params", "each", "threads", "keep"}):
@@ -255,14 +312,21 @@ def _fill(value, words: Mapping[str, str], stage: str):
     if (word := value[1:-1]) in words and value == f"{{{word}}}": return words[word]  # keeps its type
     try: return value.format_map(words)
     except (KeyError, ValueError, IndexError, AttributeError) as e:
-        raise InputError(f"profiles.yaml: {stage}: '{value}' cannot be filled in ({e}); it may use {', '.join(words)}") from e
+        raise InputError(
+            f"profiles.yaml: {stage}: '{value}' cannot be filled in ({e}); it may use {', '.join(words)}"
+        ) from e
 
+# %% ../nbs/pipeline.ipynb #429b1124
 def _each(name: str, declared: Mapping) -> dict[str, dict]:
     "The stages that a declaration stands for: name -> further placeholders."
     each = _keys(name, declared.get("each"), set(declared.get("each") or ()))
-    if len(each) > 1: raise InputError(f"profiles.yaml: {name}: 'each' takes one name with a list of values")
-    return {f"{name}-{value}": {word: value} for word, values in each.items() for value in values} or {name: {}}
+    if len(each) > 1:
+        raise InputError(f"profiles.yaml: {name}: 'each' takes one name with a list of values")
+    return {f"{name}-{value}": {word: value} for word, values in each.items() for value in values} or {
+        name: {}
+    }
 
+# %% ../nbs/pipeline.ipynb #d102930f
 def _own(path: str, stage: str, profile: str) -> str:
     inside = os.path.normpath(path).split(os.sep)
     if inside[:3] != ["runs", profile, stage] and inside[:2] != ["figures", profile]:
@@ -275,21 +339,37 @@ def _data_words(root: Path, data: str | Path | None, profile: Mapping) -> dict[s
     wanted = profile.get("with_data") or {}
     needs, find = wanted.get("needs") or (), wanted.get("find") or {}
     if not data:
-        if profile.get("needs_data"): raise InputError("this profile measures real data: name their folder, DATA=DIR (smfnet data list says how to get them)")
+        if profile.get("needs_data"):
+            raise InputError(
+                "this profile measures real data: name their folder, DATA=DIR (smfnet data list says how to get them)"
+            )
         return {"data": ""}
     for name in ("", *needs):
         if not (folder := Path(data) / name).is_dir():
-            raise InputError(f"{folder}: is not a folder; DATA must name a folder that has {', '.join(needs) or 'the data'}; smfnet data list says how to get them")
-    found = {word: [name for name, folder in names.items() if (Path(data) / folder).is_dir()] for word, names in find.items()}
+            raise InputError(
+                f"{folder}: is not a folder; DATA must name a folder that has {', '.join(needs) or 'the data'}; smfnet data list says how to get them"
+            )
+    found = {
+        word: [name for name, folder in names.items() if (Path(data) / folder).is_dir()]
+        for word, names in find.items()
+    }
     if find and not any(found.values()):
-        raise InputError(f"{data}: has none of {', '.join(dict.fromkeys(f for names in find.values() for f in names.values()))}; smfnet data list says how to get them")
+        raise InputError(
+            f"{data}: has none of {', '.join(dict.fromkeys(f for names in find.values() for f in names.values()))}; smfnet data list says how to get them"
+        )
     return {"data": Path(os.path.relpath(Path(data).absolute(), Path(root).absolute())).as_posix(), **found}
 
+# %% ../nbs/pipeline.ipynb #30b6dd7e
 def _stage_params(table: Mapping, profile: Mapping, stage: str, overrides: Mapping, data: str) -> dict:
-    layers = [table["stages"][stage], profile.get("params") or {}, (profile.get("with_data") or {}).get("params") or {}]
+    layers = [
+        table["stages"][stage], profile.get("params") or {},
+        (profile.get("with_data") or {}).get("params") or {},
+    ]
     merged = {**(layers[0].get("params") or {}), **(layers[1].get(stage) or {})}
     if data: merged |= layers[2].get(stage) or {}
-    return merged | {key.partition(".")[2]: v for key, v in overrides.items() if key.partition(".")[0] == stage}
+    return merged | {
+        key.partition(".")[2]: v for key, v in overrides.items() if key.partition(".")[0] == stage
+    }
 
 # %% ../nbs/pipeline.ipynb #76f4499c
 def _strings(value) -> Iterator[str]:
@@ -298,27 +378,44 @@ def _strings(value) -> Iterator[str]:
     elif isinstance(value, Mapping | list | tuple):
         for v in value.values() if isinstance(value, Mapping) else value: yield from _strings(v)
 
+# %% ../nbs/pipeline.ipynb #fa7b73a2
 def _named(params: Mapping, root: Path, data: str) -> Iterator[str]:
     "Paths that parameters name; under results/ a * stands for all that match."
     for text in _strings(params):
-        if text.startswith("results/"): yield from (sorted(p.relative_to(root).as_posix() for p in root.glob(text)) if "*" in text else ()) or [text]
-        elif text not in ("", data) and not text.startswith(("runs/", "figures/")) and os.path.exists(root / text): yield text
+        if text.startswith("results/"):
+            yield from (
+                sorted(p.relative_to(root).as_posix() for p in root.glob(text)) if "*" in text else ()
+            ) or [text]
+        elif (
+            text not in ("", data)
+            and not text.startswith(("runs/", "figures/"))
+            and os.path.exists(root / text)
+        ):
+            yield text
 
+# %% ../nbs/pipeline.ipynb #f8204da6
 def _stage(name: str, declared: Mapping, groups: Mapping[str, list[str]], words: Mapping, params: Mapping, root: Path) -> Stage:
     "One stage with everything filled in; `groups` are the stages that stand above it, by declared name."
     runs, after = f"runs/{words['profile']}", [a for a in declared.get("after") or ()]
     for a in after:
-        if a not in groups: raise InputError(f"profiles.yaml: {name} comes after '{a}', which is not declared above it")
+        if a not in groups:
+            raise InputError(f"profiles.yaml: {name} comes after '{a}', which is not declared above it")
     folders = {a: f"{runs}/{a}" if groups[a] == [a] else f"{runs}/{a}-*" for a in after if groups[a]}
     words = {**words, "out": f"{runs}/{name}", **folders}
     filled = {key: _fill(declared.get(key) or (), words, name) for key in ("inputs", "outputs", "keep")}
-    given = [i for raw, i in zip(declared.get("inputs") or (), filled["inputs"]) if "{data}" not in raw or (words["data"] and (root / i).exists())]
+    given = [
+        i
+        for raw, i in zip(declared.get("inputs") or (), filled["inputs"])
+        if "{data}" not in raw or (words["data"] and (root / i).exists())
+    ]
     params = _fill(params, words, name)
     inputs = tuple(dict.fromkeys([*given, *_named(params, root, words["data"])]))
     return Stage(
-        name=name, notebook=f"{EXPERIMENTS}/{declared['notebook']}", folder=words["out"], after=tuple(n for a in after for n in groups[a]),
-        inputs=inputs, outputs=tuple(_own(o, name, words["profile"]) for o in filled["outputs"]), params=params,
-        threads=declared.get("threads") or 0, keep=tuple(filled["keep"]))
+        name=name, notebook=f"{EXPERIMENTS}/{declared['notebook']}", folder=words["out"],
+        after=tuple(n for a in after for n in groups[a]), inputs=inputs,
+        outputs=tuple(_own(o, name, words["profile"]) for o in filled["outputs"]), params=params,
+        threads=declared.get("threads") or 0, keep=tuple(filled["keep"]),
+    )
 
 # %% ../nbs/pipeline.ipynb #aad025ba
 def load_plan(
@@ -331,19 +428,25 @@ def load_plan(
     "The stages of a profile with everything filled in; `InputError` when the declaration is inconsistent."
     root, overrides, plan, groups = Path(root or project_root()), overrides or {}, {}, {}
     table = read_profiles(root)
-    if profile not in table["profiles"]: raise InputError(f"no profile '{profile}'; there are {', '.join(table['profiles'])}")
+    if profile not in table["profiles"]:
+        raise InputError(f"no profile '{profile}'; there are {', '.join(table['profiles'])}")
     chosen = table["profiles"][profile] or {}
     words = {"figures": f"figures/{profile}", "profile": profile, **_data_words(root, data, chosen)}
     for key in overrides:
-        if key.partition(".")[0] not in table["stages"]: raise InputError(f"'{key}' sets no stage; there are {', '.join(table['stages'])}")
+        if key.partition(".")[0] not in table["stages"]:
+            raise InputError(f"'{key}' sets no stage; there are {', '.join(table['stages'])}")
     empty = [f"{{{word}}}" for word, found in words.items() if found == []]
     for base, declared in table["stages"].items():
         params = _stage_params(table, chosen, base, overrides, words["data"])
-        wanted = base in (chosen.get("stages") or table["stages"]) and not any(v in empty for v in params.values())
+        wanted = base in (chosen.get("stages") or table["stages"]) and not any(
+            v in empty for v in params.values()
+        )
         groups[base] = list(_each(base, declared)) if wanted else []
-        for name, own in _each(base, declared).items() if wanted else (): plan[name] = _stage(name, declared, groups, words | own, params, root)
+        for name, own in _each(base, declared).items() if wanted else ():
+            plan[name] = _stage(name, declared, groups, words | own, params, root)
     return plan
 
+# %% ../nbs/pipeline.ipynb #7b18eb75
 def missing_sets(
     root: str | Path,  # top of the repository
     *,
@@ -352,13 +455,26 @@ def missing_sets(
 ) -> list[str]:  # one sentence, or none
     "What a profile would have measured if it were below the data folder."
     find = ((read_profiles(root)["profiles"][profile] or {}).get("with_data") or {}).get("find") or {}
-    absent = {name: folder for names in find.values() for name, folder in names.items() if data and not (Path(data) / folder).is_dir()}
-    return [f"Not below {data}, and so in no table or figure: {', '.join(f'{n} ({f})' for n, f in absent.items())}; 'smfnet data list' says how to get them."] if absent else []
+    absent = {
+        name: folder
+        for names in find.values()
+        for name, folder in names.items()
+        if data and not (Path(data) / folder).is_dir()
+    }
+    return (
+        [
+            f"Not below {data}, and so in no table or figure: {', '.join(f'{n} ({f})' for n, f in absent.items())}; 'smfnet data list' says how to get them."
+        ]
+        if absent
+        else []
+    )
 
 # %% ../nbs/pipeline.ipynb #153f47ec
 def _imports(source: str, package: str) -> set[str]:
     "Names of this package's modules that `source` imports; relative imports start from `package`."
-    plain = "\n".join("pass" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines())
+    plain = "\n".join(
+        "pass" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines()
+    )
     found = set()
     for node in ast.walk(ast.parse(plain)):
         if isinstance(node, ast.Import): found |= {a.name for a in node.names}
@@ -368,11 +484,17 @@ def _imports(source: str, package: str) -> set[str]:
             found |= {base, *(f"{base}.{a.name}" for a in node.names)}
     return {name for name in found if name.split(".")[0] == "smfnet"}
 
+# %% ../nbs/pipeline.ipynb #ac1f7371
 def _module_files(name: str) -> list[Path]:
     "Files that importing a module runs: each package on the way, and the module itself."
     home = Path(smfnet.__file__).parent
     steps = [home.joinpath(*name.split(".")[1:n]) for n in range(1, name.count(".") + 2)]
-    return [f for step in steps for f in (step / "__init__.py", step.with_suffix(".py")) if f.is_file() and f != home.with_suffix(".py")]
+    return [
+        f
+        for step in steps
+        for f in (step / "__init__.py", step.with_suffix(".py"))
+        if f.is_file() and f != home.with_suffix(".py")
+    ]
 
 # %% ../nbs/pipeline.ipynb #0e71edfc
 def stage_code(
@@ -396,6 +518,7 @@ def _read(path: Path) -> dict:
     try: return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError): return {}
 
+# %% ../nbs/pipeline.ipynb #c899c6d9
 def stage_key(
     stage: Stage,  # of a plan
     plan: Mapping[str, Stage],  # the whole plan
@@ -406,12 +529,16 @@ def stage_key(
     source = json.dumps([_code(c) for c in _cells(notebook) if c["cell_type"] == "code"])
     return {
         "notebook": hashlib.sha256(source.encode()).hexdigest(),
-        "code": {f.name if f.parent.name == "smfnet" else f"{f.parent.name}/{f.name}": sha256(f) for f in stage_code(notebook)},
+        "code": {
+            f.name if f.parent.name == "smfnet" else f"{f.parent.name}/{f.name}": sha256(f)
+            for f in stage_code(notebook)
+        },
         "params": check_parameters(notebook, stage.params),
         "inputs": {i: sha256(root / i) for i in stage.inputs},
         "after": {name: _read(root / plan[name].manifest).get("results") for name in stage.after},
     }
 
+# %% ../nbs/pipeline.ipynb #0b5a21b9
 def is_current(
     stage: Stage,  # of a plan
     plan: Mapping[str, Stage],  # the whole plan
@@ -419,7 +546,10 @@ def is_current(
 ) -> bool:
     "Whether a stage's results are there, unchanged, and made from exactly what the plan says now."
     made = _read(root / stage.manifest)
-    return made == {"key": json.loads(json.dumps(stage_key(stage, plan, root))), "results": _results(stage, root)}
+    return made == {
+        "key": json.loads(json.dumps(stage_key(stage, plan, root))),
+        "results": _results(stage, root),
+    }
 
 # %% ../nbs/pipeline.ipynb #d950a51c
 def _clear(stage: Stage, root: Path) -> None:
@@ -427,6 +557,7 @@ def _clear(stage: Stage, root: Path) -> None:
         if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
         else: path.unlink(missing_ok=True)
 
+# %% ../nbs/pipeline.ipynb #8bf189e3
 def run_stage(
     name: str,  # of the stage
     plan: Mapping[str, Stage],  # from `load_plan`
@@ -436,18 +567,24 @@ def run_stage(
     progress: bool = True,  # show a bar of cells, and what the notebook prints
 ) -> Path:  # the executed notebook
     "Run one stage of a plan; earlier stages must be complete."
-    if name not in plan: raise InputError(f"no stage '{name}'; there are {', '.join(plan)}")
+    if name not in plan:
+        raise InputError(f"no stage '{name}'; there are {', '.join(plan)}")
     root, stage = Path(root or project_root()), plan[name]
     for earlier in stage.after:
         if not (root / plan[earlier].manifest).is_file():
             profile = Path(stage.folder).parts[1]
-            raise InputError(f"{plan[earlier].folder}: stage {earlier} is not complete; run it first: python -m smfnet.pipeline run {earlier} --profile {profile}, with the same --data and --set")
+            raise InputError(
+                f"{plan[earlier].folder}: stage {earlier} is not complete; run it first: python -m smfnet.pipeline run {earlier} --profile {profile}, with the same --data and --set"
+            )
     if if_needed and is_current(stage, plan, root): return (root / stage.executed).absolute()
     if progress: print(f"\n== {name}: {stage.notebook} -> {stage.folder}/", flush=True)
     key = stage_key(stage, plan, root)
     _clear(stage, root)
     inputs = [*stage.inputs, *(o for earlier in stage.after for o in plan[earlier].outputs)]
-    executed = run_notebook(stage.notebook, output_dir=stage.folder, params=stage.params, inputs=inputs, cwd=root, progress=progress)
+    executed = run_notebook(
+        stage.notebook, output_dir=stage.folder, params=stage.params, inputs=inputs, cwd=root,
+        progress=progress,
+    )
     results = _results(stage, root)
     if missing := [o for o, found in results.items() if found is None]:
         raise NotebookFailure(f"{stage.notebook}: ran to its end but did not make {', '.join(missing)}")
@@ -466,11 +603,16 @@ def keep_results(
     def copy(source: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir(): shutil.rmtree(target)
-        if source.is_dir(): shutil.copytree(source, target); return
+        if source.is_dir():
+            shutil.copytree(source, target)
+            return
         with atomic_path(target) as part: shutil.copyfile(source, part)
 
     for stage in (s for s in plan.values() if s.keep):
-        if not is_current(stage, plan, root): raise InputError(f"{stage.folder}: results are missing or out of date; run: make reproduce PROFILE={profile}")
+        if not is_current(stage, plan, root):
+            raise InputError(
+                f"{stage.folder}: results are missing or out of date; run: make reproduce PROFILE={profile}"
+            )
         for source in (*stage.keep, f"{stage.folder}/provenance.json"):
             target = root / "results" / profile / stage.name / Path(source).name
             copy(root / source, target)
@@ -485,11 +627,15 @@ def stage_states(
     "The state of every stage; one behind a stage that is not done is stale at best."
     found = {}
     for stage in plan.values():
-        if is_current(stage, plan, root) and all(found[a] == "done" for a in stage.after): found[stage.name] = "done"
-        elif (root / stage.manifest).is_file(): found[stage.name] = "stale"
-        else: found[stage.name] = "failed" if (root / stage.executed).is_file() else "missing"
+        if is_current(stage, plan, root) and all(found[a] == "done" for a in stage.after):
+            found[stage.name] = "done"
+        elif (root / stage.manifest).is_file():
+            found[stage.name] = "stale"
+        else:
+            found[stage.name] = "failed" if (root / stage.executed).is_file() else "missing"
     return found
 
+# %% ../nbs/pipeline.ipynb #ca7889d3
 def write_plan_report(
     plan: Mapping[str, Stage],  # from `load_plan`
     root: str | Path,  # top of the repository
@@ -499,10 +645,26 @@ def write_plan_report(
 ) -> Path:  # runs/<profile>/report.html
     "Write the report of a profile from whatever its stages have left."
     root, kept = Path(root), {}
-    for s in plan.values(): kept[s.name] = tuple(dict.fromkeys([*(root / i for i in s.inputs if i.startswith("results/")), *(k for a in s.after for k in kept[a])]))
+    for s in plan.values():
+        kept[s.name] = tuple(
+            dict.fromkeys(
+                [
+                    *(root / i for i in s.inputs if i.startswith("results/")),
+                    *(k for a in s.after for k in kept[a]),
+                ]
+            )
+        )
     states, place = stage_states(plan, root), lambda s: tuple(root / o for o in s.outputs)
-    records = [StageRecord(s.name, str(root / s.notebook), root / s.folder, states[s.name], place(s), s.after, kept[s.name]) for s in plan.values()]
-    return write_report(records, root / "runs" / profile / "report.html", title=f"Reproduction, profile {profile}", notices=missing_sets(root, profile=profile, data=data))
+    records = [
+        StageRecord(
+            s.name, str(root / s.notebook), root / s.folder, states[s.name], place(s), s.after, kept[s.name]
+        )
+        for s in plan.values()
+    ]
+    return write_report(
+        records, root / "runs" / profile / "report.html", title=f"Reproduction, profile {profile}",
+        notices=missing_sets(root, profile=profile, data=data),
+    )
 
 # %% ../nbs/pipeline.ipynb #5c78b7a6
 def drop_stale(
@@ -520,17 +682,29 @@ def drop_stale(
 
 # %% ../nbs/pipeline.ipynb #64cb212f
 def _snakemake(root: Path, settings: Mapping, cores: str, extra: Iterable[str]) -> list[str]:
-    config = root / ".snakemake" / f"settings-{settings['profile']}.json"  # a file keeps the types of the values
+    config = (
+        root / ".snakemake" / f"settings-{settings['profile']}.json"
+    )  # a file keeps the types of the values
     write_json(config, settings)
     return [
-        sys.executable, "-m", "snakemake", "--snakefile", str(root / EXPERIMENTS / "Snakefile"), "--directory", str(root),
-        "--cores", cores, "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "input",
-        "--max-checksum-file-size", str(2**40), "--quiet", "host", "rules", "progress",
-        "--configfile", str(config), *extra]
+        sys.executable, "-m", "snakemake", "--snakefile", str(root / EXPERIMENTS / "Snakefile"),
+        "--directory", str(root), "--cores", cores, "--keep-going", "--rerun-incomplete",
+        "--rerun-triggers", "mtime", "input", "--max-checksum-file-size", str(2**40), "--quiet", "host",
+        "rules", "progress", "--configfile", str(config), *extra,
+    ]
 
+# %% ../nbs/pipeline.ipynb #1b2b04d5
 def _summary(root: Path, plan: Mapping[str, Stage], profile: str) -> str:
-    lines = [f"  {name:<{max(map(len, plan))}} {'done' if state == 'done' else 'NOT DONE: ' + state}  {plan[name].folder}" for name, state in stage_states(plan, root).items()]
-    return "\n".join([*lines, f"Look at runs/{profile}/report.html; executed notebooks are in runs/{profile}/, pictures in figures/{profile}/."])
+    lines = [
+        f"  {name:<{max(map(len, plan))}} {'done' if state == 'done' else 'NOT DONE: ' + state}  {plan[name].folder}"
+        for name, state in stage_states(plan, root).items()
+    ]
+    return "\n".join(
+        [
+            *lines,
+            f"Look at runs/{profile}/report.html; executed notebooks are in runs/{profile}/, pictures in figures/{profile}/.",
+        ]
+    )
 
 # %% ../nbs/pipeline.ipynb #78c5da58
 def reproduce(
@@ -547,14 +721,23 @@ def reproduce(
     root = Path(root or project_root()).absolute()
     plan = load_plan(root, profile=profile, data=data, overrides=overrides)
     for stage in plan.values(): check_parameters(root / stage.notebook, stage.params)
-    try: import snakemake  # noqa: F401
-    except ImportError as e: raise InputError("Snakemake is not installed (it needs Python 3.11); or run the stages one by one with 'run'") from e
-    settings = {"profile": profile, "data": str(Path(data).absolute()) if data else "", "overrides": dict(overrides or {})}
+    try:
+        import snakemake  # noqa: F401
+    except ImportError as e:
+        raise InputError(
+            "Snakemake is not installed (it needs Python 3.11); or run the stages one by one with 'run'"
+        ) from e
+    settings = {
+        "profile": profile, "data": str(Path(data).absolute()) if data else "",
+        "overrides": dict(overrides or {}),
+    }
     command = _snakemake(root, settings, cores, [*(["--dry-run"] if dry_run else []), *extra])
     status = subprocess.run(command, cwd=root, stdin=subprocess.DEVNULL).returncode
     if dry_run: return status
     write_plan_report(plan, root, profile=profile, data=data)
-    print(_summary(root, plan, profile), *missing_sets(root, profile=profile, data=data), sep="\n", flush=True)
+    print(
+        _summary(root, plan, profile), *missing_sets(root, profile=profile, data=data), sep="\n", flush=True
+    )
     return status or int(set(stage_states(plan, root).values()) != {"done"})
 
 # %% ../nbs/pipeline.ipynb #98422f37
@@ -564,19 +747,33 @@ def _overrides(texts: Iterable[str]) -> dict:
     found = {}
     for text in texts:
         key, equals, value = text.partition("=")
-        if not equals or "." not in key: raise InputError(f"--set {text}: write STAGE.PARAMETER=VALUE")
-        try: found[key] = yaml.safe_load(value)
-        except yaml.YAMLError as e: raise InputError(f"--set {text}: the value is not YAML ({str(e).splitlines()[0]}); with make, write it without spaces") from e
+        if not equals or "." not in key:
+            raise InputError(f"--set {text}: write STAGE.PARAMETER=VALUE")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError as e:
+            raise InputError(
+                f"--set {text}: the value is not YAML ({str(e).splitlines()[0]}); with make, write it without spaces"
+            ) from e
     return found
 
+# %% ../nbs/pipeline.ipynb #1bcad713
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m smfnet.pipeline", description="Run the experiment notebooks as stages of a reproduction.")
+    parser = argparse.ArgumentParser(
+        prog="python -m smfnet.pipeline",
+        description="Run the experiment notebooks as stages of a reproduction.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--profile", default="demo", help="set of parameters (default: demo)")
     common.add_argument("--data", metavar="DIR", help="folder with the real test sets")
-    common.add_argument("--set", metavar="STAGE.PARAMETER=VALUE", action="append", default=[], dest="settings", help="change one parameter; the value is YAML; may be repeated")
-    whole = commands.add_parser("reproduce", parents=[common], help="every stage that is missing or out of date")
+    common.add_argument(
+        "--set", metavar="STAGE.PARAMETER=VALUE", action="append", default=[], dest="settings",
+        help="change one parameter; the value is YAML; may be repeated",
+    )
+    whole = commands.add_parser(
+        "reproduce", parents=[common], help="every stage that is missing or out of date"
+    )
     whole.add_argument("--cores", default="all", help="processors to use (default: all)")
     whole.add_argument("--dry-run", action="store_true", help="only say what would run")
     whole.add_argument("snakemake", nargs="*", help="further arguments for Snakemake, behind --")
@@ -585,15 +782,20 @@ def _parser() -> argparse.ArgumentParser:
     single.add_argument("--if-needed", action="store_true", help="leave it alone when it is current")
     commands.add_parser("show", parents=[common], help="the stages, and how to run each by papermill alone")
     commands.add_parser("report", parents=[common], help="write runs/PROFILE/report.html from what is there")
-    commands.add_parser("keep", parents=[common], help="copy the small results that the repository keeps to results/PROFILE/")
+    commands.add_parser(
+        "keep", parents=[common], help="copy the small results that the repository keeps to results/PROFILE/"
+    )
     return parser
 
 # %% ../nbs/pipeline.ipynb #c7b32e80
 def _show(plan: Mapping[str, Stage], root: Path) -> None:
     for stage, state in zip(plan.values(), stage_states(plan, root).values()):
         values = " ".join(f"-y '{json.dumps({k: v})}'" for k, v in stage.params.items())
-        print(f"# {stage.name}: {state}\npapermill {stage.notebook} {stage.executed} -k python3 {values}".rstrip())
+        print(
+            f"# {stage.name}: {state}\npapermill {stage.notebook} {stage.executed} -k python3 {values}".rstrip()
+        )
 
+# %% ../nbs/pipeline.ipynb #85e24be4
 def main(
     argv: list[str] | None = None,  # arguments; those of the process if None
 ) -> int:  # exit status: 0 success, 1 a notebook failed, 2 bad input
@@ -602,7 +804,10 @@ def main(
     try:
         root, overrides = project_root(), _overrides(args.settings)
         if args.command == "reproduce":
-            return reproduce(root, profile=args.profile, data=args.data, overrides=overrides, cores=args.cores, dry_run=args.dry_run, extra=args.snakemake)
+            return reproduce(
+                root, profile=args.profile, data=args.data, overrides=overrides, cores=args.cores,
+                dry_run=args.dry_run, extra=args.snakemake,
+            )
         plan = load_plan(root, profile=args.profile, data=args.data, overrides=overrides)
         if args.command == "show": _show(plan, root)
         elif args.command == "report": print(write_plan_report(plan, root, profile=args.profile, data=args.data))

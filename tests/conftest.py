@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def pytest_addoption(parser):
     """Add the option that also runs flagged notebook cells."""
-    parser.addoption("--notebook-flags", default="", help="run notebook cells with these flags too, e.g. 'slow cuda'")
+    parser.addoption(
+        "--notebook-flags", default="", help="run notebook cells with these flags too, e.g. 'slow cuda'"
+    )
 
 
 @pytest.fixture(scope="session")

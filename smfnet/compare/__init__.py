@@ -21,19 +21,26 @@ from .upload import Upload, upload
 from .zoom import LinkedZoom
 from ..core.provenance import atomic_path
 
-_all_ = ["Browser", "browse", "Collection", "open_collection", "levels", "montage", "show", "Distortion", "MetricsExplorer",
-         "explore_metrics", "Explorer", "attention_maps", "explore", "with_branches", "Swipe", "Upload", "upload", "LinkedZoom"]
+_all_ = [
+    "Browser", "browse", "Collection", "open_collection", "levels", "montage", "show", "Distortion",
+    "MetricsExplorer", "explore_metrics", "Explorer", "attention_maps", "explore", "with_branches", "Swipe",
+    "Upload", "upload", "LinkedZoom",
+]
 
 # %% ../../nbs/10_compare/00_compare.ipynb #c1e4fba2
 def _visible(output):
     "An output without its live view; None if nothing else is left."
-    data = {k: v for k, v in output.get("data", {}).items() if not k.startswith("application/vnd.jupyter.widget")}
+    data = {
+        k: v for k, v in output.get("data", {}).items() if not k.startswith("application/vnd.jupyter.widget")
+    }
     if output.output_type == "stream": return output if output.name == "stdout" else None
     if "image/png" in data: data.pop("text/plain", None)
     if output.output_type == "error" or not data: return None
-    kept = {"data": data, "metadata": {}, **({"execution_count": None} if output.output_type == "execute_result" else {})}
+    kept = {
+        "data": data, "metadata": {},
+        **({"execution_count": None} if output.output_type == "execute_result" else {}),
+    }
     return type(output)({**output, **kept})
-
 
 # %% ../../nbs/10_compare/00_compare.ipynb #c5c3860f
 def freeze(
@@ -47,12 +54,19 @@ def freeze(
         import nbformat
         from nbclient import NotebookClient
         from nbclient.exceptions import CellExecutionError
-    except ImportError as e: raise InputError(f"freeze needs {e.name}; run: pip install 'smfnet[notebooks]'") from e
+    except ImportError as e:
+        raise InputError(f"freeze needs {e.name}; run: pip install 'smfnet[notebooks]'") from e
     notebook, out = Path(notebook), Path(out or notebook)
-    if not notebook.is_file(): raise InputError(f"{notebook}: no such notebook")
+    if not notebook.is_file():
+        raise InputError(f"{notebook}: no such notebook")
     nb = nbformat.read(notebook, 4)
-    try: NotebookClient(nb, timeout=timeout, kernel_name="python3", store_widget_state=False, resources={"metadata": {"path": str(notebook.parent)}}).execute()
-    except CellExecutionError as e: raise InputError(f"{notebook}: {e.ename}: {e.evalue}") from e
+    try:
+        NotebookClient(
+            nb, timeout=timeout, kernel_name="python3", store_widget_state=False,
+            resources={"metadata": {"path": str(notebook.parent)}},
+        ).execute()
+    except CellExecutionError as e:
+        raise InputError(f"{notebook}: {e.ename}: {e.evalue}") from e
     for cell in nb.cells:
         if cell.cell_type != "code": continue
         cell.outputs, cell.execution_count = [o for o in map(_visible, cell.outputs) if o], None

@@ -25,30 +25,42 @@ def row(
     *children: w.Widget,
 ) -> w.Box:
     "Controls side by side, wrapped where the screen is narrow."
-    return w.Box(children, layout=w.Layout(display="flex", flex_flow="row wrap", align_items="center", width="100%"))
+    return w.Box(
+        children, layout=w.Layout(display="flex", flex_flow="row wrap", align_items="center", width="100%")
+    )
 
+# %% ../../nbs/10_compare/06_browser.ipynb #3650d8ec
 def choice(
     label: str,  # what a screen reader says, too
     options: Sequence = (),  # values, or (text, value)
     **more,  # of the dropdown
 ) -> w.Dropdown:
     "A dropdown with a short label."
-    return w.Dropdown(options=options, description=label, style={"description_width": "initial"}, layout=w.Layout(width="auto", max_width="100%"), **more)
+    return w.Dropdown(
+        options=options, description=label, style={"description_width": "initial"},
+        layout=w.Layout(width="auto", max_width="100%"), **more,
+    )
 
+# %% ../../nbs/10_compare/06_browser.ipynb #8177bfc9
 def tick(
     label: str,
     value: bool = True,
 ) -> w.Checkbox:
     "A check box that takes no more room than its label."
-    return w.Checkbox(value=value, description=label, indent=False, layout=w.Layout(width="auto", margin="0 14px 0 2px"))
+    return w.Checkbox(
+        value=value, description=label, indent=False, layout=w.Layout(width="auto", margin="0 14px 0 2px")
+    )
 
+# %% ../../nbs/10_compare/06_browser.ipynb #e4c66717
 def side_by_side(
     *children: w.Widget,
     width: str = "420px",  # below which children go below each other
 ) -> w.Box:
     "Views next to each other, sharing the width."
     for child in children: child.layout = w.Layout(flex=f"1 1 {width}", min_width="0", max_width="100%")
-    return w.Box(children, layout=w.Layout(display="flex", flex_flow="row wrap", grid_gap="12px", width="100%"))
+    return w.Box(
+        children, layout=w.Layout(display="flex", flex_flow="row wrap", grid_gap="12px", width="100%")
+    )
 
 # %% ../../nbs/10_compare/06_browser.ipynb #23ab4f83
 class Browser(Panel):
@@ -60,14 +72,18 @@ class Browser(Panel):
         problems: Sequence[str] = (),  # what could not be opened
     ):
         super().__init__()
-        if not collections: raise InputError("; ".join(problems) or "no collection to browse; name a set or a folder")
+        if not collections:
+            raise InputError("; ".join(problems) or "no collection to browse; name a set or a folder")
         self.collections, self.problems = {c.label: c for c in collections}, list(problems)
         self.set_, self.pair = choice("set", list(self.collections)), choice("pair")
         self.left, self.right, self.grey = choice("left"), choice("right"), tick("grey", False)
         self.chosen, self._busy = row(), False
         blank = np.zeros((2, 2))
         self.swipe, self.zoom = Swipe(blank, blank), LinkedZoom({"": blank})
-        self.children = [row(self.set_, self.pair, self.left, self.right, self.grey), self.chosen, self.message, side_by_side(self.swipe, self.zoom)]
+        self.children = [
+            row(self.set_, self.pair, self.left, self.right, self.grey), self.chosen, self.message,
+            side_by_side(self.swipe, self.zoom),
+        ]
         watch(self, self._fill, self.set_)
         watch(self, self._draw, self.pair, self.left, self.right, self.grey)
         self.guard(self._fill)()
@@ -97,6 +113,7 @@ def _fill(self: Browser) -> None:
     finally: self._busy = False
     self._draw()
 
+# %% ../../nbs/10_compare/06_browser.ipynb #b26566ca
 def _draw(self: Browser) -> None:
     "Show the chosen pair; what one method lacks is said and does not hide the others."
     if self._busy: return
@@ -117,6 +134,7 @@ def _draw(self: Browser) -> None:
     if said: self.message.warn("; ".join(dict.fromkeys(said)))
     elif notes: self.message.say("; ".join(notes))
 
+# %% ../../nbs/10_compare/06_browser.ipynb #04df2d1a
 Browser._fill, Browser._draw = _fill, _draw
 
 # %% ../../nbs/10_compare/06_browser.ipynb #82b632a4

@@ -36,9 +36,11 @@ def live_limit(
     config = getattr(model, "config", None)
     return LIVE_PIXELS * 16 // config.dim if config else 25 * LIVE_PIXELS
 
+# %% ../../nbs/10_compare/05_collection.ipynb #d977fff8
 def _smaller(plane: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(plane.astype(np.float32)).resize(size, Image.Resampling.BOX))
 
+# %% ../../nbs/10_compare/05_collection.ipynb #024442a3
 def fit(
     content: Content,  # a pair with its chroma
     limit: int = LIVE_PIXELS,  # pixels
@@ -57,15 +59,23 @@ def fuse_content(
     content: Content,
 ) -> np.ndarray:  # H×W float32
     "Fuse a pair in memory; `InputError` for a bad pair, too little memory, or a method that returns something else."
-    tensors = {k: torch.from_numpy(np.ascontiguousarray(getattr(content, k)))[None, None] for k in ("vis", "ir")}
+    tensors = {
+        k: torch.from_numpy(np.ascontiguousarray(getattr(content, k)))[None, None] for k in ("vis", "ir")
+    }
     try: fused = model.fuse(**tensors)[0, 0].float().cpu().numpy()
     except (RuntimeError, MemoryError) as e:
-        if not isinstance(e, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(e): raise
-        raise InputError(f"{content.ir.shape[1]}×{content.ir.shape[0]} pixels do not fit into memory; use a smaller image") from e
+        if not isinstance(e, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+            raise
+        raise InputError(
+            f"{content.ir.shape[1]}×{content.ir.shape[0]} pixels do not fit into memory; use a smaller image"
+        ) from e
     if fused.shape != content.vis.shape or not np.isfinite(fused).all():
-        raise InputError(f"the method returned {fused.shape} with {'finite' if np.isfinite(fused).all() else 'NaN'} values for a pair of {content.vis.shape}; check its weights")
+        raise InputError(
+            f"the method returned {fused.shape} with {'finite' if np.isfinite(fused).all() else 'NaN'} values for a pair of {content.vis.shape}; check its weights"
+        )
     return fused
 
+# %% ../../nbs/10_compare/05_collection.ipynb #e5521878
 def live_models(
     weights: str | Path | None = "tiny",  # shipped model, weights file, or None for no network
     problems: list[str] | None = None,  # receives what is wrong with the weights; None: `InputError`
@@ -75,7 +85,8 @@ def live_models(
     if weights is None: return rules
     try: return {f"smfnet {Path(weights).stem}": load_model(weights, device="cpu"), **rules}
     except InputError as e:
-        if problems is None: raise
+        if problems is None:
+            raise
         problems.append(str(e))
         return rules
 
@@ -94,8 +105,11 @@ class Collection:
         self.pairs, self.models, self.notes = pairs, dict(models or {}), list(pairs.notes)
         self.label = f"{pairs.name} {pairs.split}".strip()
         folder = Path(fused).expanduser() if fused else None
-        self.folders = {d.name: d for d in sorted(folder.iterdir()) if d.is_dir()} if folder and folder.is_dir() else {}
-        if clash := sorted(({*SOURCES, *self.models}) & set(self.folders)): raise InputError(f"{folder}: rename the folder {clash[0]}; a method of that name exists already")
+        self.folders = (
+            {d.name: d for d in sorted(folder.iterdir()) if d.is_dir()} if folder and folder.is_dir() else {}
+        )
+        if clash := sorted(({*SOURCES, *self.models}) & set(self.folders)):
+            raise InputError(f"{folder}: rename the folder {clash[0]}; a method of that name exists already")
         self.content = functools.lru_cache(8)(self._content)
         self.image = functools.lru_cache(32)(self._image)
         self.scores = functools.lru_cache(512)(self._scores)
@@ -120,28 +134,38 @@ def _content(self: Collection, stem: str) -> Content:
     limit = min([live_limit(m) for m in self.models.values()], default=25 * LIVE_PIXELS)
     return fit(self.pairs.pair(stem).content, limit)
 
+# %% ../../nbs/10_compare/05_collection.ipynb #3fa60fb3
 def _image(self: Collection, stem: str, method: str) -> np.ndarray:
     "H×W or H×W×3 uint8 of one method on one pair."
     content = self.content(stem)
     if method == "infrared": return to_levels(content.ir)
     if method == "visible": return to_levels(content.vis, content.chroma)
     if method in self.models: return to_levels(fuse_content(self.models[method], content), content.chroma)
-    if method not in self.folders: raise InputError(f"{method!r}: no such method; choose one of {', '.join(self.methods)}")
+    if method not in self.folders:
+        raise InputError(f"{method!r}: no such method; choose one of {', '.join(self.methods)}")
     path = images_by_stem(self.folders[method]).get(stem)
-    if path is None: raise InputError(f"{self.folders[method]}: has no image {stem}; fuse this pair or choose another method")
+    if path is None:
+        raise InputError(
+            f"{self.folders[method]}: has no image {stem}; fuse this pair or choose another method"
+        )
     image = read_pixels(path).values
     if image.dtype != np.uint8: image = read_gray(path).astype(np.uint8)
     if image.shape[:2] != self.pairs.pair(stem).ir.shape:
-        raise InputError(f"{path}: is {image.shape[1]}×{image.shape[0]} pixels, but its pair has {self.pairs.pair(stem).ir.shape[1]}×{self.pairs.pair(stem).ir.shape[0]}; fuse it again")
-    if image.shape[:2] != content.ir.shape: image = np.asarray(Image.fromarray(image).resize(content.ir.shape[::-1], Image.Resampling.BOX))
+        raise InputError(
+            f"{path}: is {image.shape[1]}×{image.shape[0]} pixels, but its pair has {self.pairs.pair(stem).ir.shape[1]}×{self.pairs.pair(stem).ir.shape[0]}; fuse it again"
+        )
+    if image.shape[:2] != content.ir.shape:
+        image = np.asarray(Image.fromarray(image).resize(content.ir.shape[::-1], Image.Resampling.BOX))
     return image
 
+# %% ../../nbs/10_compare/05_collection.ipynb #92273227
 def gray(
     image: np.ndarray,  # H×W or H×W×3, uint8
 ) -> np.ndarray:  # H×W float32, whole numbers 0-255
     "Luminance of an image as the metrics take it."
     return gray_levels(image)
 
+# %% ../../nbs/10_compare/05_collection.ipynb #d26f8a06
 def _scores(self: Collection, stem: str, method: str) -> Scores:
     "Nine metrics of one method on one pair, under the protocol of Table 1."
     content = self.content(stem)
@@ -171,6 +195,7 @@ def shown(
     "A metric's value as tables show it."
     return "–" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
 
+# %% ../../nbs/10_compare/05_collection.ipynb #0a8186eb
 def ranks(
     scores: Mapping[str, Mapping[str, float]],  # method -> metric -> value; sources take no part
 ) -> dict[str, dict[str, int]]:  # method -> metric -> 1 best, 2 second best, 0 neither
@@ -184,6 +209,7 @@ def ranks(
         for method, value in values.items(): marks[method][metric] = {0: 1, 1: 2}.get(order.index(value), 0)
     return marks
 
+# %% ../../nbs/10_compare/05_collection.ipynb #f6d4f7e2
 def captions(
     scores: Mapping[str, Mapping[str, float]],  # method -> metric -> value
 ) -> dict[str, list[tuple[str, str, int]]]:  # method -> (metric, value as text, rank)
@@ -191,6 +217,7 @@ def captions(
     marks = ranks(scores)
     return {m: [(k, shown(s.get(k)), marks[m][k]) for k in METRICS] for m, s in scores.items()}
 
+# %% ../../nbs/10_compare/05_collection.ipynb #44df3828
 def lines(
     caption: Sequence[tuple[str, str, int]],  # of one image
     per_line: int = 3,  # values
@@ -212,6 +239,11 @@ def score_table(
         rank = marks.get(row, {}).get(metric, 0)
         return f'<td class="smf-rank{rank}" style="padding:1px 8px;text-align:right{("", ";font-weight:700", ";text-decoration:underline")[rank]}">{shown(scores[row].get(metric))}{("", " ★", " ☆")[rank]}</td>'
     head = "".join(f'<th scope="col" style="padding:1px 8px;text-align:right">{m}</th>' for m in METRICS)
-    body = "".join(f'<tr><th scope="row" style="padding:1px 8px;text-align:left">{escape(r)}</th>{"".join(cell(r, m) for m in METRICS)}</tr>' for r in scores)
-    return (f'<table class="smf-scores" style="border-collapse:collapse;color:#111;line-height:1.5"><caption style="text-align:left">{escape(caption)}</caption>'
-            f'<thead><tr style="border-bottom:1px solid #767676"><th></th>{head}</tr></thead><tbody>{body}</tbody></table>')
+    body = "".join(
+        f'<tr><th scope="row" style="padding:1px 8px;text-align:left">{escape(r)}</th>{"".join(cell(r, m) for m in METRICS)}</tr>'
+        for r in scores
+    )
+    return (
+        f'<table class="smf-scores" style="border-collapse:collapse;color:#111;line-height:1.5"><caption style="text-align:left">{escape(caption)}</caption>'
+        f'<thead><tr style="border-bottom:1px solid #767676"><th></th>{head}</tr></thead><tbody>{body}</tbody></table>'
+    )

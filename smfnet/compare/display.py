@@ -27,8 +27,11 @@ def levels(
         raise InputError(f"image: expected H×W or H×W×3, found {image.shape}; take one image of the batch")
     if image.dtype == np.uint8: return image
     if not np.issubdtype(image.dtype, np.floating):
-        raise InputError(f"image: expected uint8 or floating point in [0, 1], found {image.dtype}; convert it first")
-    if not np.isfinite(image).all(): raise InputError("image: contains NaN or infinite values; repair it first")
+        raise InputError(
+            f"image: expected uint8 or floating point in [0, 1], found {image.dtype}; convert it first"
+        )
+    if not np.isfinite(image).all():
+        raise InputError("image: contains NaN or infinite values; repair it first")
     return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 # %% ../../nbs/10_compare/01_display.ipynb #57319a4b
@@ -40,6 +43,7 @@ class Shown:
     full: tuple[int, int]  # height and width of the image, pixels
     note: str = ""  # what a viewer must know; empty when the picture is the image
 
+# %% ../../nbs/10_compare/01_display.ipynb #a5867e49
 def show(
     image: np.ndarray,  # H×W or H×W×3; uint8, or floating point in [0,1]
     *,
@@ -51,7 +55,10 @@ def show(
     picture = Image.fromarray(image)
     if max(full) > limit:
         h, w = (max(1, round(n * limit / max(full))) for n in full)
-        picture, note = picture.resize((w, h), Image.Resampling.BOX), f"shown at {w}×{h}, made smaller from {full[1]}×{full[0]}"
+        picture, note = (
+            picture.resize((w, h), Image.Resampling.BOX),
+            f"shown at {w}×{h}, made smaller from {full[1]}×{full[0]}",
+        )
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", compress_level=3)
     return Shown(buffer.getvalue(), (picture.height, picture.width), full, note)
@@ -65,9 +72,12 @@ def _tile(image: np.ndarray, lines: Sequence[str], size: tuple[int, int], bars: 
     tile = Image.new("RGB", (w, h + bars * BAR), "white")
     picture = Image.fromarray(levels(image)).convert("RGB")
     same = picture.size == (w // zoom, h // zoom)
-    tile.paste(picture.resize((w, h), Image.Resampling.NEAREST if same else Image.Resampling.BILINEAR), (0, BAR))
+    tile.paste(
+        picture.resize((w, h), Image.Resampling.NEAREST if same else Image.Resampling.BILINEAR), (0, BAR)
+    )
     draw, font = ImageDraw.Draw(tile), ImageFont.load_default(size=12)
-    for i, line in enumerate(lines): draw.text((2, 1 if i == 0 else h + i * BAR), line.replace("–", "-"), fill="black", font=font)
+    for i, line in enumerate(lines):
+        draw.text((2, 1 if i == 0 else h + i * BAR), line.replace("–", "-"), fill="black", font=font)
     return tile
 
 # %% ../../nbs/10_compare/01_display.ipynb #c970de03
@@ -82,13 +92,17 @@ def montage(
 ) -> Image.Image:
     "Pictures with titles in a grid, all at the size of the first; `InputError` for none or a wrong number of titles."
     if not len(images) or len(images) != len(titles):
-        raise InputError(f"montage: {len(images)} images and {len(titles)} titles; give one title for each image")
+        raise InputError(
+            f"montage: {len(images)} images and {len(titles)} titles; give one title for each image"
+        )
     h, w = np.shape(images[0])[:2]
     scale = min(1.0, side / max(h, w))
     size = (max(1, round(h * scale)), max(1, round(w * scale)))
     texts = [[title, *(captions[i] if captions else ())] for i, title in enumerate(titles)]
     tiles = [_tile(image, lines, size, max(map(len, texts)), zoom) for image, lines in zip(images, texts)]
     columns, gap, (w, h) = min(columns, len(tiles)), 6, tiles[0].size
-    sheet = Image.new("RGB", (columns * (w + gap) - gap, -(-len(tiles) // columns) * (h + gap) - gap), "white")
+    sheet = Image.new(
+        "RGB", (columns * (w + gap) - gap, -(-len(tiles) // columns) * (h + gap) - gap), "white"
+    )
     for i, tile in enumerate(tiles): sheet.paste(tile, (i % columns * (w + gap), i // columns * (h + gap)))
     return sheet

@@ -40,7 +40,8 @@ class Distortion:
         image: np.ndarray,  # H×W, [0,1]
     ) -> np.ndarray:  # H×W float32, [0,1]
         "Shift, blur, change tones, add noise, clip; `InputError` for impossible amounts."
-        if self.noise < 0 or self.blur < 0 or self.gamma <= 0: raise InputError(f"{self}: noise and blur must be at least 0 and gamma above 0")
+        if self.noise < 0 or self.blur < 0 or self.gamma <= 0:
+            raise InputError(f"{self}: noise and blur must be at least 0 and gamma above 0")
         x = np.asarray(image, np.float32)
         if self.shift: x = np.take(x, np.clip(np.arange(x.shape[1]) - self.shift, 0, x.shape[1] - 1), axis=1)
         if self.blur: x = ndimage.gaussian_filter(x, self.blur, mode="nearest")
@@ -49,17 +50,25 @@ class Distortion:
         return np.clip(x, 0, 1).astype(np.float32)
 
 # %% ../../nbs/10_compare/09_distortion.ipynb #abc5182b
-RANGES = {"noise": (0, 0.3, 0.01), "blur": (0, 5, 0.1), "contrast": (0.2, 3, 0.05), "brightness": (-0.5, 0.5, 0.02), "gamma": (0.3, 3, 0.05), "shift": (0, 8, 1)}
+RANGES = {
+    "noise": (0, 0.3, 0.01), "blur": (0, 5, 0.1), "contrast": (0.2, 3, 0.05),
+    "brightness": (-0.5, 0.5, 0.02), "gamma": (0.3, 3, 0.05), "shift": (0, 8, 1),
+}
 
+# %% ../../nbs/10_compare/09_distortion.ipynb #ef8146b0
 def sliders() -> dict[str, w.Widget]:  # field of `Distortion` -> slider
     "A slider for each field of a distortion, at the value that does nothing."
     made = {}
     for f in fields(Distortion):
         low, high, step = RANGES[f.name]
         kind = w.IntSlider if isinstance(f.default, int) else w.FloatSlider
-        made[f.name] = kind(value=f.default, min=low, max=high, step=step, description=f.name, style={"description_width": "5.5em"}, layout=w.Layout(width="300px", max_width="100%"))
+        made[f.name] = kind(
+            value=f.default, min=low, max=high, step=step, description=f.name,
+            style={"description_width": "5.5em"}, layout=w.Layout(width="300px", max_width="100%"),
+        )
     return made
 
+# %% ../../nbs/10_compare/09_distortion.ipynb #a23df85b
 def movement(
     before: dict[str, float],  # metric -> value
     after: dict[str, float],  # metric -> value
@@ -84,7 +93,10 @@ class MetricsExplorer(Panel):
         super().__init__()
         self.collection = collection
         methods = collection.fused_methods or ["visible"]
-        self.pair, self.method = choice("pair", collection.stems, value=collection.stems[0]), choice("fused by", methods, value=methods[0])
+        self.pair, self.method = (
+            choice("pair", collection.stems, value=collection.stems[0]),
+            choice("fused by", methods, value=methods[0]),
+        )
         self.sliders, self.reset, self.table = sliders(), w.Button(description="reset"), w.HTML()
         blank = np.zeros((2, 2))
         self.swipe = Swipe(blank, blank)
@@ -114,24 +126,45 @@ def _state(self: MetricsExplorer, distortion: Distortion | None = None):
     sources = {k: to_levels(x).astype(np.float32) for k, x in (("ir", content.ir), ("vis", content.vis))}
     return plain, spoilt, *(evaluate(fused=x, **sources, undefined="report") for x in (plain, spoilt))
 
+# %% ../../nbs/10_compare/09_distortion.ipynb #67671539
 def _draw(self: MetricsExplorer) -> None:
     "Show the distorted image beside the other, and the metrics of both."
     plain, spoilt, before, after = self._state()
     self.swipe.set(plain.astype(np.uint8), spoilt.astype(np.uint8), titles=(self.method.value, "distorted"))
-    table = score_table({self.method.value: before, "distorted": after}, marked=False, caption="nine metrics, protocol of Table 1; each is meant to grow with quality")
-    self.table.value = '<div style="overflow-x:auto">' + table.replace("</tbody>", movement(before, after) + "</tbody>") + "</div>"
+    table = score_table(
+        {self.method.value: before, "distorted": after}, marked=False,
+        caption="nine metrics, protocol of Table 1; each is meant to grow with quality",
+    )
+    self.table.value = (
+        '<div style="overflow-x:auto">'
+        + table.replace("</tbody>", movement(before, after) + "</tbody>")
+        + "</div>"
+    )
     undefined = "; ".join(f"{m} is undefined: {why}" for m, why in after.undefined.items())
     if undefined: self.message.say(undefined)
 
+# %% ../../nbs/10_compare/09_distortion.ipynb #0ea86450
 def _still(self: MetricsExplorer) -> Image.Image:
     "The image as it is and distorted, with its numbers; three examples while the sliders do nothing."
-    text = lambda scores: ["   ".join(f"{m} {shown(scores.get(m))}" for m in list(METRICS)[i:i + 3]) for i in (0, 3, 6)]
-    chosen = [self.distortion] if self.distortion != Distortion() else [Distortion(noise=0.05), Distortion(blur=1.5), Distortion(contrast=1.5)]
+    text = lambda scores: [
+        "   ".join(f"{m} {shown(scores.get(m))}" for m in list(METRICS)[i : i + 3]) for i in (0, 3, 6)
+    ]
+    chosen = (
+        [self.distortion]
+        if self.distortion != Distortion()
+        else [Distortion(noise=0.05), Distortion(blur=1.5), Distortion(contrast=1.5)]
+    )
     plain, _, before, _ = self._state(Distortion())
     states = [self._state(d) for d in chosen]
-    names = [", ".join(f"{k} {v:g}" for k, v in asdict(d).items() if v != getattr(Distortion(), k)) for d in chosen]
-    return montage([plain.astype(np.uint8), *(s[1].astype(np.uint8) for s in states)], [self.method.value, *names], [text(before), *(text(s[3]) for s in states)])
+    names = [
+        ", ".join(f"{k} {v:g}" for k, v in asdict(d).items() if v != getattr(Distortion(), k)) for d in chosen
+    ]
+    return montage(
+        [plain.astype(np.uint8), *(s[1].astype(np.uint8) for s in states)], [self.method.value, *names],
+        [text(before), *(text(s[3]) for s in states)],
+    )
 
+# %% ../../nbs/10_compare/09_distortion.ipynb #038661f9
 MetricsExplorer._state, MetricsExplorer._draw, MetricsExplorer.still = _state, _draw, _still
 
 # %% ../../nbs/10_compare/09_distortion.ipynb #417cb64e

@@ -46,7 +46,8 @@ def with_branches(
 ) -> Tensor:  # B×1×H×W, [0,1]
     "Decode the sum of some branches; `InputError` for an unknown one."
     on = set(on)
-    if unknown := on - set(BRANCHES): raise InputError(f"{', '.join(sorted(unknown))}: no such branch; choose from {', '.join(BRANCHES)}")
+    if unknown := on - set(BRANCHES):
+        raise InputError(f"{', '.join(sorted(unknown))}: no such branch; choose from {', '.join(BRANCHES)}")
     terms = [features[f"{b}_fused"] * float(b in on) for b in BRANCHES if f"{b}_fused" in features]
     return model.decoder(sum(terms[1:], terms[0]))
 
@@ -55,11 +56,15 @@ def _matrix(module: nn.Module, x: Tensor) -> Tensor:
     "B×C×C of one attention module for its input."
     if isinstance(module, CrossAttention):
         own = torch.cat(x.chunk(2, 1))
-        q, (k, _) = module.q_local(module.q(own)).roll(x.shape[0], 0), module.kv_local(module.kv(own)).chunk(2, 1)
+        q, (k, _) = (
+            module.q_local(module.q(own)).roll(x.shape[0], 0),
+            module.kv_local(module.kv(own)).chunk(2, 1),
+        )
     elif isinstance(module, DenseMDTA): q, k, _ = F.conv2d(x, module.kernel(), padding=1).chunk(3, 1)
     else: q, k, _ = module.local(module.qkv(x)).chunk(3, 1)
     return attention_matrix(q, k, module.temperature)
 
+# %% ../../nbs/10_compare/07_explorer.ipynb #3526f0b1
 @torch.no_grad()
 def attention_maps(
     model: nn.Module,  # any part of the network
@@ -86,15 +91,25 @@ def exchange_gates(
     if not model.config.graph: return {}
     graph, exchange = model.graph, model.graph.exchange
     difference = graph.embed_vis(features["vis_shallow"]) - graph.embed_ir(features["ir_shallow"])
-    gates = {"infrared": torch.sigmoid(exchange.to_ir(difference)), "visible": torch.sigmoid(exchange.to_vis(-difference))}
-    return {f"into {side}, dilation {d}": g[i, 0] for side, g in gates.items() for i, d in enumerate(DILATIONS)}
+    gates = {
+        "infrared": torch.sigmoid(exchange.to_ir(difference)),
+        "visible": torch.sigmoid(exchange.to_vis(-difference)),
+    }
+    return {
+        f"into {side}, dilation {d}": g[i, 0] for side, g in gates.items() for i, d in enumerate(DILATIONS)
+    }
 
 # %% ../../nbs/10_compare/07_explorer.ipynb #a1dec8f7
 GROUPS = {
     "base": ("ir_base", "vis_base", "base_fused"), "detail": ("ir_detail", "vis_detail", "detail_fused"),
-    "graph": ("graph_ir", "graph_vis", "graph_fused"), "shallow": ("ir_shallow", "vis_shallow"), "reconstruction": ("recon_ir", "recon_vis")}
-LABELS = {name: label for group in GROUPS.values() for name, label in zip(group, ("infrared", "visible", "fused"))}
+    "graph": ("graph_ir", "graph_vis", "graph_fused"), "shallow": ("ir_shallow", "vis_shallow"),
+    "reconstruction": ("recon_ir", "recon_vis"),
+}
+LABELS = {
+    name: label for group in GROUPS.values() for name, label in zip(group, ("infrared", "visible", "fused"))
+}
 
+# %% ../../nbs/10_compare/07_explorer.ipynb #9c4e5488
 def plane(
     feature: Tensor,  # 1×C×H×W
     channel: int | None = None,  # None: mean of absolute values over all
@@ -102,12 +117,14 @@ def plane(
     "What is drawn of a feature."
     return (feature[0].abs().mean(0) if channel is None else feature[0, channel]).float().cpu().numpy()
 
+# %% ../../nbs/10_compare/07_explorer.ipynb #ca4e5059
 def limit_of(
     planes: Sequence[np.ndarray],  # H×W each
 ) -> float:  # above 0
     "The value that is drawn at full strength: the 99.5th percentile of absolute values over all planes."
     return max(float(np.percentile(np.abs(np.concatenate([p.ravel() for p in planes])), 99.5)), 1e-6)
 
+# %% ../../nbs/10_compare/07_explorer.ipynb #96ce44ce
 def picture(
     values: np.ndarray,  # H×W
     limit: float,  # value at full strength
@@ -132,16 +149,25 @@ class Explorer(Panel):
         self.model, self.pairs, self.limits, self._known = model, pairs, {}, {}
         self.pair = choice("pair", pairs.stems, value=pairs.stems[0])
         graph = model.config.graph
-        self.what = choice("show", [*(g for g in GROUPS if graph or g != "graph"), "attention", *["gates"] * graph], value="base")
-        self.channel = choice("channel", [("mean of |values|", -1), *((str(i), i) for i in range(model.config.dim))], value=-1)
+        self.what = choice(
+            "show", [*(g for g in GROUPS if graph or g != "graph"), "attention", *["gates"] * graph],
+            value="base",
+        )
+        self.channel = choice(
+            "channel", [("mean of |values|", -1), *((str(i), i) for i in range(model.config.dim))], value=-1
+        )
         self.switches = {b: tick(f"{b} branch") for b in BRANCHES if graph or b != "graph"}
         blank = np.zeros((2, 2))
         self.zoom, self.swipe, self.effect = LinkedZoom({"": blank}), Swipe(blank, blank), w.HTML()
         result = w.VBox([self.swipe, self.effect])
-        self.children = [row(self.pair, self.what, self.channel, *self.switches.values()), self.message, side_by_side(self.zoom, result)]
+        self.children = [
+            row(self.pair, self.what, self.channel, *self.switches.values()), self.message,
+            side_by_side(self.zoom, result),
+        ]
         watch(self, self._look, self.pair, self.what, self.channel)
         watch(self, self._switch, self.pair, *self.switches.values())
-        self.guard(self._look)(); self.guard(self._switch)()
+        self.guard(self._look)()
+        self.guard(self._switch)()
         if problems: self.message.warn("; ".join(problems))
 
     @property
@@ -155,27 +181,48 @@ def _state(self: Explorer) -> tuple[Content, dict]:
     stem = self.pair.value
     if stem not in self._known:
         content = fit(self.pairs.pair(stem).content, live_limit(self.model) // 2)
-        pair, found = {k: torch.from_numpy(np.ascontiguousarray(getattr(content, k)))[None, None] for k in ("vis", "ir")}, {}
+        pair, found = (
+            {
+                k: torch.from_numpy(np.ascontiguousarray(getattr(content, k)))[None, None]
+                for k in ("vis", "ir")
+            },
+            {},
+        )
         def run(): found["features"] = self.model.features(**pair)
         found["attention"] = attention_maps(self.model, run)
         found["gates"] = exchange_gates(self.model, found["features"])
         self._known = {stem: (content, found)}
     return self._known[stem]
 
+# %% ../../nbs/10_compare/07_explorer.ipynb #d6d462d0
 def _pictures(self: Explorer) -> tuple[dict[str, np.ndarray], str]:
     "Title -> picture of the chosen group, and a remark on the range."
     found, what = self._state()[1], self.what.value
     channel = None if self.channel.value < 0 else self.channel.value
-    if what == "gates": return {k: g.numpy() for k, g in found["gates"].items()}, "gates from 0 (black) to 1 (white)"
+    if what == "gates":
+        return {k: g.numpy() for k, g in found["gates"].items()}, "gates from 0 (black) to 1 (white)"
     if what == "attention":
         sides = lambda a: ["infrared", "visible"] * (len(a) // 2) if len(a) > 1 else ["fused"]
-        drawn = {f"{name.removesuffix('.attention')}, {side}{' 2'[i > 1] * (i > 1)}": m.numpy() for name, a in found["attention"].items() for i, (m, side) in enumerate(zip(a, sides(a)))}
+        drawn = {
+            f"{name.removesuffix('.attention')}, {side}{' 2'[i > 1] * (i > 1)}": m.numpy()
+            for name, a in found["attention"].items()
+            for i, (m, side) in enumerate(zip(a, sides(a)))
+        }
         return drawn, "attention from 0 (black) to 1 (white): a row listens to its columns"
-    planes = {LABELS[n]: plane(found["features"][n], channel if what != "reconstruction" else None) for n in GROUPS[what]}
+    planes = {
+        LABELS[n]: plane(found["features"][n], channel if what != "reconstruction" else None)
+        for n in GROUPS[what]
+    }
     if what == "reconstruction": return planes, "reconstructed images from 0 to 1"
     limit = self.limits.setdefault((what, channel), limit_of(list(planes.values())))
-    kind = f"mean |value| from 0 (black) to {limit:.3g} (white)" if channel is None else f"channel {channel} from {-limit:.3g} (blue) over 0 (white) to {limit:.3g} (red)"
-    return {k: picture(p, limit, signed=channel is not None) for k, p in planes.items()}, f"{kind}; the range was found on the first pair shown and stays"
+    kind = (
+        f"mean |value| from 0 (black) to {limit:.3g} (white)"
+        if channel is None
+        else f"channel {channel} from {-limit:.3g} (blue) over 0 (white) to {limit:.3g} (red)"
+    )
+    return {
+        k: picture(p, limit, signed=channel is not None) for k, p in planes.items()
+    }, f"{kind}; the range was found on the first pair shown and stays"
 
 # %% ../../nbs/10_compare/07_explorer.ipynb #a28d317e
 def _look(self: Explorer) -> None:
@@ -185,27 +232,54 @@ def _look(self: Explorer) -> None:
     self.zoom.set(images)
     self.zoom.note = "; ".join([remark, *content.notes])
 
+# %% ../../nbs/10_compare/07_explorer.ipynb #6eb057c3
 def _switch(self: Explorer) -> None:
     "Decode with the chosen branches, and measure what changed."
     content, found = self._state()
-    whole, part = (with_branches(self.model, found["features"], on)[0, 0].numpy() for on in (BRANCHES, self.on))
-    name = "all branches" if len(self.on) == len(self.switches) else f"only {' + '.join(self.on)}" if self.on else "no branch"
+    whole, part = (
+        with_branches(self.model, found["features"], on)[0, 0].numpy() for on in (BRANCHES, self.on)
+    )
+    name = (
+        "all branches"
+        if len(self.on) == len(self.switches)
+        else f"only {' + '.join(self.on)}"
+        if self.on
+        else "no branch"
+    )
     self.swipe.set(to_levels(whole), to_levels(part), titles=("all branches", name))
-    rows = {"all branches": whole} if len(self.on) == len(self.switches) else {"all branches": whole, name: part}
+    rows = (
+        {"all branches": whole} if len(self.on) == len(self.switches) else {"all branches": whole, name: part}
+    )
     levels = {k: to_levels(x).astype(np.float32) for k, x in (("ir", content.ir), ("vis", content.vis))}
-    scores = {k: evaluate(fused=to_levels(x).astype(np.float32), **levels, undefined="report") for k, x in rows.items()}
+    scores = {
+        k: evaluate(fused=to_levels(x).astype(np.float32), **levels, undefined="report")
+        for k, x in rows.items()
+    }
     change = 255 * np.abs(to_levels(whole) / 255 - to_levels(part) / 255).mean()
-    self.effect.value = (f'<div class="smf-effect" style="color:#111">{name}: differs from the whole network by {change:.2f} grey levels on average</div>'
-                         '<div style="overflow-x:auto">' + score_table(scores, marked=False, caption="nine metrics, protocol of Table 1") + "</div>")
+    self.effect.value = (
+        f'<div class="smf-effect" style="color:#111">{name}: differs from the whole network by {change:.2f} grey levels on average</div>'
+        '<div style="overflow-x:auto">'
+        + score_table(scores, marked=False, caption="nine metrics, protocol of Table 1")
+        + "</div>"
+    )
 
+# %% ../../nbs/10_compare/07_explorer.ipynb #e1e25ae1
 def _still(self: Explorer) -> Image.Image:
     "The chosen features, and what the result is without each branch."
     images, features = self._pictures()[0], self._state()[1]["features"]
     results = {"result": set(self.on), **{f"without {b}": set(self.on) - {b} for b in self.on}}
-    decoded = {k: to_levels(with_branches(self.model, features, on)[0, 0].numpy()) for k, on in results.items()}
-    return montage([*images.values(), *decoded.values()], [*(f"{self.what.value} {k}" for k in images), *decoded], columns=4 if len(images) == 3 else 3, side=240)
+    decoded = {
+        k: to_levels(with_branches(self.model, features, on)[0, 0].numpy()) for k, on in results.items()
+    }
+    return montage(
+        [*images.values(), *decoded.values()], [*(f"{self.what.value} {k}" for k in images), *decoded],
+        columns=4 if len(images) == 3 else 3, side=240,
+    )
 
-Explorer._state, Explorer._pictures, Explorer._look, Explorer._switch, Explorer.still = _state, _pictures, _look, _switch, _still
+# %% ../../nbs/10_compare/07_explorer.ipynb #6b0b6d1b
+Explorer._state, Explorer._pictures, Explorer._look, Explorer._switch, Explorer.still = (
+    _state, _pictures, _look, _switch, _still,
+)
 
 # %% ../../nbs/10_compare/07_explorer.ipynb #01612750
 def explore(

@@ -41,9 +41,15 @@ class Message(w.HTML):
 
     def _put(self, text: str, error: bool) -> None:
         self.text, self.error = " ".join(str(text).split()), error
-        style = "background:#fff3e0;border-left:4px solid #d55e00;padding:2px 8px" if error else "padding:2px 8px"
+        style = (
+            "background:#fff3e0;border-left:4px solid #d55e00;padding:2px 8px" if error else "padding:2px 8px"
+        )
         shown = escape(("⚠ " if error else "") + self.text)
-        self.value = f'<div class="smf-message" role="{"alert" if error else "status"}" style="color:#111;line-height:1.4;{style}">{shown}</div>' if shown else ""
+        self.value = (
+            f'<div class="smf-message" role="{"alert" if error else "status"}" style="color:#111;line-height:1.4;{style}">{shown}</div>'
+            if shown
+            else ""
+        )
 
 # %% ../../nbs/10_compare/04_panel.ipynb #80295f87
 class Panel(w.VBox):
@@ -62,7 +68,9 @@ class Panel(w.VBox):
         self._depth += 1
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # decoders remark on damaged files, which get our own sentence
+                warnings.simplefilter(
+                    "ignore"
+                )  # decoders remark on damaged files, which get our own sentence
                 yield
         except InputError as e: self.message.warn(str(e))
         except MemoryError: self.message.warn("not enough memory for this image; use a smaller one")

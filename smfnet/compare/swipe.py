@@ -62,7 +62,10 @@ function build(el, model) {
 """
 
 # %% ../../nbs/10_compare/02_swipe.ipynb #79e8bc36
-SWIPE_JS = COMMON_JS + SWIPE_PLACE_JS + r"""
+SWIPE_JS = (
+    COMMON_JS
+    + SWIPE_PLACE_JS
+    + r"""
 function render({model, el}) {
   const part = build(el, model), {box, handle} = part;
   let at = 0.5;
@@ -90,9 +93,12 @@ function render({model, el}) {
 }
 export default {render};
 """
+)
 
 # %% ../../nbs/10_compare/02_swipe.ipynb #f0705cd2
-SWIPE_CSS = COMMON_CSS + """
+SWIPE_CSS = (
+    COMMON_CSS
+    + """
 .smf-swipe { position: relative; overflow: hidden; touch-action: pan-y; cursor: ew-resize; user-select: none;
   aspect-ratio: var(--ratio, 1.33); width: min(100%, calc(60vh * var(--ratio, 1.33))); }
 .smf-swipe img { position: absolute; inset: 0; width: 100%; height: 100%; max-width: none; margin: 0; }
@@ -102,6 +108,7 @@ SWIPE_CSS = COMMON_CSS + """
 .smf-handle::before { content: ""; position: absolute; left: 11px; top: 0; bottom: 0; width: 2px; background: #fff; box-shadow: 0 0 2px #000; }
 .smf-handle::after { content: "⇔"; position: absolute; left: 0; top: calc(50% - 12px); width: 24px; border-radius: 12px; font: 16px/24px sans-serif; text-align: center; background: #fff; color: #111; box-shadow: 0 0 3px #000; }
 """
+)
 
 # %% ../../nbs/10_compare/02_swipe.ipynb #54bf919e
 class Still(anywidget.AnyWidget):
@@ -114,6 +121,7 @@ class Still(anywidget.AnyWidget):
         "The live view, and the picture."
         return add_still(super()._repr_mimebundle_(**kwargs), self.still())
 
+# %% ../../nbs/10_compare/02_swipe.ipynb #cea2c8b3
 def add_still(
     bundle,  # what a widget wants displayed: data, or data and metadata
     picture: Image.Image,  # its static form
@@ -159,7 +167,9 @@ def set(
     "Show other images; the divider stays where it is."
     a, b = show(left), show(right)
     if a.full != b.full:
-        raise InputError(f"{titles[0]} is {a.full[1]}×{a.full[0]} and {titles[1]} is {b.full[1]}×{b.full[0]} pixels; only images of one size can be compared")
+        raise InputError(
+            f"{titles[0]} is {a.full[1]}×{a.full[0]} and {titles[1]} is {b.full[1]}×{b.full[0]} pixels; only images of one size can be compared"
+        )
     with self.hold_sync():
         self.left, self.right, (self.left_title, self.right_title) = a.png, b.png, titles
         self.note = a.note
@@ -172,7 +182,9 @@ def still(self: Swipe) -> Image.Image:
     cut = round(self.position * left.shape[1])
     both = np.concatenate([left[:, :cut], right[:, cut:]], 1)
     both[:, max(0, cut - 1):cut + 1] = 255
-    return montage([left, both, right], [self.left_title, f"{self.left_title} | {self.right_title}", self.right_title])
+    return montage(
+        [left, both, right], [self.left_title, f"{self.left_title} | {self.right_title}", self.right_title]
+    )
 
 # %% ../../nbs/10_compare/02_swipe.ipynb #93ba9298
 _PAGE = """<!DOCTYPE html>
@@ -194,9 +206,14 @@ def save_html(
     "Write the swipe as one page that needs no kernel and no network; `InputError` for an unwritable place."
     state = {k: getattr(self, k) for k in ("left_title", "right_title", "position", "note")}
     state |= {k: base64.b64encode(getattr(self, k)).decode() for k in ("left", "right")}
-    text = _PAGE % {"title": escape(f"{self.left_title} | {self.right_title}"), "css": SWIPE_CSS, "js": SWIPE_JS.replace("export default {render};", ""),
-                    "state": json.dumps(state).replace("<", "\\u003c")}
+    text = _PAGE % {
+        "title": escape(f"{self.left_title} | {self.right_title}"), "css": SWIPE_CSS,
+        "js": SWIPE_JS.replace("export default {render};", ""),
+        "state": json.dumps(state).replace("<", "\\u003c"),
+    }
     try:
-        with atomic_path(path) as part: part.write_text(text, encoding="utf-8")
-    except OSError as e: raise InputError(f"{path}: cannot be written ({e.strerror or e}); choose another folder") from e
+        with atomic_path(path) as part:
+            part.write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written ({e.strerror or e}); choose another folder") from e
     return Path(path)

@@ -30,7 +30,9 @@ from ..data.pairs import Files, PairSet, get_pairs
 MOST = 64 << 20  # bytes of one file
 PIECE = 1 << 20  # bytes of one message
 
-PICK_JS = COMMON_JS + r"""
+PICK_JS = (
+    COMMON_JS
+    + r"""
 function render({model, el}) {
   const root = add(el, "label", "smf smf-pick", model.get("label") + " "), input = add(root, "input", "smf-file");
   const state = add(root, "span", "smf-note", "");
@@ -50,6 +52,7 @@ function render({model, el}) {
 }
 export default {render};
 """
+)
 
 # %% ../../nbs/10_compare/08_upload.ipynb #7b4e2e19
 class FilePick(anywidget.AnyWidget):
@@ -88,15 +91,23 @@ class FilePick(anywidget.AnyWidget):
 # %% ../../nbs/10_compare/08_upload.ipynb #1e58ffce
 PIXELS = 120_000_000  # of one uploaded image
 
+# %% ../../nbs/10_compare/08_upload.ipynb #16ede5d2
 def _checked(path: Path) -> Path:
     "The same path; `InputError` for an image with too many pixels. Other faults are found when it is read."
     try:
-        with Image.open(path) as im: size = im.size
-    except Image.DecompressionBombError as e: raise InputError(f"{path.name}: has far too many pixels ({e}); crop it or make it smaller") from e
-    except Exception: return path
-    if size[0] * size[1] > PIXELS: raise InputError(f"{path.name}: {size[0]}×{size[1]} pixels; at most {PIXELS // 10**6} million are taken, so crop it or make it smaller")
+        with Image.open(path) as im:
+            size = im.size
+    except Image.DecompressionBombError as e:
+        raise InputError(f"{path.name}: has far too many pixels ({e}); crop it or make it smaller") from e
+    except Exception:
+        return path
+    if size[0] * size[1] > PIXELS:
+        raise InputError(
+            f"{path.name}: {size[0]}×{size[1]} pixels; at most {PIXELS // 10**6} million are taken, so crop it or make it smaller"
+        )
     return path
 
+# %% ../../nbs/10_compare/08_upload.ipynb #38e97867
 def read_upload(
     *,
     ir: tuple[str, bytes],  # name and content of the infrared file
@@ -106,11 +117,15 @@ def read_upload(
     with tempfile.TemporaryDirectory() as folder:
         paths = {}
         for side, (name, data) in (("ir", ir), ("vis", vis)):
-            paths[side] = Path(folder) / side / (Path(name.replace("\\", "/")).name.lstrip(".")[-120:] or "upload")
+            paths[side] = (
+                Path(folder) / side / (Path(name.replace("\\", "/")).name.lstrip(".")[-120:] or "upload")
+            )
             paths[side].parent.mkdir()
             paths[side].write_bytes(data)
-        try: return Files(**{side: _checked(path) for side, path in paths.items()}).read()
-        except InputError as e: raise InputError(str(e).replace(f"{folder}/ir/", "").replace(f"{folder}/vis/", "")) from e
+        try:
+            return Files(**{side: _checked(path) for side, path in paths.items()}).read()
+        except InputError as e:
+            raise InputError(str(e).replace(f"{folder}/ir/", "").replace(f"{folder}/vis/", "")) from e
 
 # %% ../../nbs/10_compare/08_upload.ipynb #3bd44234
 class _InMemory:
@@ -119,6 +134,7 @@ class _InMemory:
 
     def read(self): return self.content
 
+# %% ../../nbs/10_compare/08_upload.ipynb #36b577eb
 class Upload(Panel):
     "Fuse the user's own pair; problems become messages."
     def __init__(
@@ -129,14 +145,25 @@ class Upload(Panel):
     ):
         super().__init__()
         self.models, self.files, self.collection = models, {}, None
-        self.picks = {s: FilePick(label, lambda n, d, s=s: self.guard(self.take)(s, n, d), self.guard(self.refuse)) for s, label in (("ir", "infrared file"), ("vis", "visible file"))}
+        self.picks = {
+            s: FilePick(label, lambda n, d, s=s: self.guard(self.take)(s, n, d), self.guard(self.refuse))
+            for s, label in (("ir", "infrared file"), ("vis", "visible file"))
+        }
         self.method = choice("fused by", list(models), value=next(iter(models)))
         self.other = choice("compared with", ["infrared", "visible", *models], value="visible")
         blank = np.full((120, 160), 0.9)
-        self.swipe, self.zoom = Swipe(blank, blank, titles=("compared with", "fused")), LinkedZoom({"choose two files": blank})
-        self.children = [row(*self.picks.values(), self.method, self.other), self.message, side_by_side(self.swipe, self.zoom)]
+        self.swipe, self.zoom = (
+            Swipe(blank, blank, titles=("compared with", "fused")),
+            LinkedZoom({"choose two files": blank}),
+        )
+        self.children = [
+            row(*self.picks.values(), self.method, self.other), self.message,
+            side_by_side(self.swipe, self.zoom),
+        ]
         watch(self, self._draw, self.method, self.other)
-        self.message.say("choose an infrared and a visible image of one size, taken from the same place; nothing is kept")
+        self.message.say(
+            "choose an infrared and a visible image of one size, taken from the same place; nothing is kept"
+        )
         if problems: self.message.warn("; ".join(problems))
 
     def refuse(
@@ -145,7 +172,9 @@ class Upload(Panel):
         size: int,  # bytes
     ) -> None:
         "Say that a file is too large."
-        raise InputError(f"{name}: {size / 2**20:.0f} MB; files up to {MOST >> 20} MB are taken here, 'smfnet fuse' has no limit")
+        raise InputError(
+            f"{name}: {size / 2**20:.0f} MB; files up to {MOST >> 20} MB are taken here, 'smfnet fuse' has no limit"
+        )
 
 # %% ../../nbs/10_compare/08_upload.ipynb #79e7b7b3
 def _take(self: Upload, side: str, name: str, data: bytes) -> None:
@@ -153,12 +182,17 @@ def _take(self: Upload, side: str, name: str, data: bytes) -> None:
     self.files[side] = (name, data)
     lacking = [word for s, word in (("ir", "infrared"), ("vis", "visible")) if s not in self.files]
     if lacking: return self.message.say(f"{name} is here; now choose the {lacking[0]} file")
-    try: content = read_upload(**self.files)
-    except InputError as e: raise InputError(f"{e}" + ("; the pictures below are still those of the pair before" if self.collection else "")) from e
+    try:
+        content = read_upload(**self.files)
+    except InputError as e:
+        raise InputError(
+            f"{e}" + ("; the pictures below are still those of the pair before" if self.collection else "")
+        ) from e
     pairs = PairSet([("your pair", _InMemory(content))], name="upload", notes=[])
     self.collection = Collection(pairs, models=self.models)
     self._draw()
 
+# %% ../../nbs/10_compare/08_upload.ipynb #748c841d
 def _draw(self: Upload) -> None:
     "Show the pair and the fused image."
     if self.collection is None: return
@@ -168,10 +202,14 @@ def _draw(self: Upload) -> None:
     except InputError as e: numbers, problem = {}, f"not measured: {e}"
     else: problem = ""
     self.zoom.set(images, numbers)
-    self.swipe.set(self.collection.image("your pair", self.other.value), images[self.method.value], titles=(self.other.value, self.method.value))
+    self.swipe.set(
+        self.collection.image("your pair", self.other.value), images[self.method.value],
+        titles=(self.other.value, self.method.value),
+    )
     notes = [*self.collection.content("your pair").notes, *filter(None, [problem])]
     self.message.say("; ".join(notes) or f"fused by {self.method.value}")
 
+# %% ../../nbs/10_compare/08_upload.ipynb #f4c85635
 Upload.take, Upload._draw = _take, _draw
 
 # %% ../../nbs/10_compare/08_upload.ipynb #2fc209f0
@@ -180,10 +218,15 @@ def _still(self: Upload) -> Image.Image:
     if self.collection is None:
         example = Collection(get_pairs("scenes", "test"), models=self.models)
         names = ["infrared", "visible", self.method.value]
-        return montage([example.image(example.stems[1], m) for m in names], [f"example: {m}" for m in names], columns=3)
+        return montage(
+            [example.image(example.stems[1], m) for m in names], [f"example: {m}" for m in names], columns=3
+        )
     names = ["infrared", "visible", self.method.value]
     numbers = captions({self.method.value: self.collection.scores("your pair", self.method.value)})
-    return montage([self.collection.image("your pair", m) for m in names], names, [lines(numbers.get(m, [])) for m in names], columns=3)
+    return montage(
+        [self.collection.image("your pair", m) for m in names], names,
+        [lines(numbers.get(m, [])) for m in names], columns=3,
+    )
 
 Upload.still = _still
 

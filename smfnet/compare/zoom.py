@@ -107,7 +107,12 @@ function gestures(frame, s) {
 """
 
 # %% ../../nbs/10_compare/03_zoom.ipynb #2ddf9409
-ZOOM_JS = COMMON_JS + ZOOM_PANES_JS + ZOOM_STATE_JS + ZOOM_GESTURES_JS + r"""
+ZOOM_JS = (
+    COMMON_JS
+    + ZOOM_PANES_JS
+    + ZOOM_STATE_JS
+    + ZOOM_GESTURES_JS
+    + r"""
 function render({model, el}) {
   const root = add(el, "div", "smf"), bar = add(root, "div", "smf-bar"), grid = add(root, "div", "smf-grid");
   const button = (text, label, act) => { const b = add(bar, "button", "smf-button", text); b.setAttribute("aria-label", label); b.onclick = act; };
@@ -125,8 +130,11 @@ function render({model, el}) {
 }
 export default {render};
 """
+)
 
-ZOOM_CSS = COMMON_CSS + """
+ZOOM_CSS = (
+    COMMON_CSS
+    + """
 .smf-grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 180px), 1fr)); gap: 6px; }
 .smf-pane { margin: 0; max-width: calc(50vh * 1.6); }
 .smf-frame { overflow: hidden; aspect-ratio: var(--ratio, 1.33); cursor: grab; touch-action: none; user-select: none; background: #ddd; }
@@ -137,6 +145,7 @@ ZOOM_CSS = COMMON_CSS + """
 .smf-caption { display: flex; flex-wrap: wrap; column-gap: 10px; font-size: 12px; font-variant-numeric: tabular-nums; }
 .smf-value { white-space: nowrap; } .smf-rank1 { font-weight: 700; } .smf-rank2 { text-decoration: underline; }
 """
+)
 
 # %% ../../nbs/10_compare/03_zoom.ipynb #9c074ba2
 class LinkedZoom(Still):
@@ -173,12 +182,16 @@ class LinkedZoom(Still):
 
 # %% ../../nbs/10_compare/03_zoom.ipynb #676c940a
 def _check_shapes(shown) -> None:
-    if not shown: raise InputError("images: none given; choose at least one")
+    if not shown:
+        raise InputError("images: none given; choose at least one")
     first, *others = shown.items()
     for title, s in others:
         if abs(s.full[1] * first[1].full[0] / (s.full[0] * first[1].full[1]) - 1) > 0.02:
-            raise InputError(f"{title} is {s.full[1]}×{s.full[0]} and {first[0]} is {first[1].full[1]}×{first[1].full[0]} pixels; one crop cannot fit both")
+            raise InputError(
+                f"{title} is {s.full[1]}×{s.full[0]} and {first[0]} is {first[1].full[1]}×{first[1].full[0]} pixels; one crop cannot fit both"
+            )
 
+# %% ../../nbs/10_compare/03_zoom.ipynb #12b7c2cf
 def _still(self: LinkedZoom) -> Image.Image:
     "The crop of the present view in all images."
     crops = []
@@ -189,4 +202,5 @@ def _still(self: LinkedZoom) -> Image.Image:
     side = max(crops[0].shape[:2])
     return montage(crops, self.titles, side=max(side, 120), zoom=max(1, 240 // side))
 
+# %% ../../nbs/10_compare/03_zoom.ipynb #bb071ed4
 LinkedZoom.still = _still

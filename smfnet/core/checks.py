@@ -32,15 +32,21 @@ def check_pair(
             found = tuple(x.shape) if hasattr(x, "shape") else type(x).__name__
             raise InputError(f"{name}: expected a B×1×H×W tensor, found {found}; add batch and channel axes")
         if not x.is_floating_point():
-            raise InputError(f"{name}: expected floating point in [0, 1], found {x.dtype}; convert and divide by the maximum")
+            raise InputError(
+                f"{name}: expected floating point in [0, 1], found {x.dtype}; convert and divide by the maximum"
+            )
         if min(x.shape[-2:]) < MIN_SIDE:
-            raise InputError(f"{name}: {x.shape[-2]}×{x.shape[-1]} is too small; both sides need at least {MIN_SIDE} pixels")
+            raise InputError(
+                f"{name}: {x.shape[-2]}×{x.shape[-1]} is too small; both sides need at least {MIN_SIDE} pixels"
+            )
         if not torch.isfinite(x).all():
             raise InputError(f"{name}: contains NaN or infinite values; repair the image first")
         if x.min() < -1e-6 or x.max() > 1 + 1e-6:
             raise InputError(f"{name}: values span [{x.min():.3g}, {x.max():.3g}]; scale the image to [0, 1]")
     if vis.shape != ir.shape:
-        raise InputError(f"vis {tuple(vis.shape)} and ir {tuple(ir.shape)} differ; register and crop the pair to one size")
+        raise InputError(
+            f"vis {tuple(vis.shape)} and ir {tuple(ir.shape)} differ; register and crop the pair to one size"
+        )
 
 # %% ../../nbs/00_core/01_checks.ipynb #610c9d26
 def _from_env(variable: str, parts: Sequence[str]) -> Path | None:
@@ -54,12 +60,14 @@ def _from_env(variable: str, parts: Sequence[str]) -> Path | None:
         return None
     return path
 
+# %% ../../nbs/00_core/01_checks.ipynb #28d3e565
 def data_dir(
     *parts: str,  # path components below the data root, e.g. "TNO", "test"
 ) -> Path | None:  # existing path, or None (the reason is printed)
     "Find real data below the folder named by the variable `SMFNET_DATA`."
     return _from_env("SMFNET_DATA", parts)
 
+# %% ../../nbs/00_core/01_checks.ipynb #c68d7192
 def golden_file(
     name: str,  # file name, e.g. "metrics_TNO.json"
 ) -> Path | None:  # existing path, or None (the reason is printed)
@@ -72,6 +80,7 @@ def _tensors(out) -> list[Tensor]:
     if isinstance(out, dict): out = list(out.values())
     return [t for o in out for t in _tensors(o)]
 
+# %% ../../nbs/00_core/01_checks.ipynb #c58f634a
 def _check_batch_independence(module, inputs, atol):
     whole = _tensors(module(*inputs))
     for b in range(inputs[0].shape[0]):
@@ -79,6 +88,7 @@ def _check_batch_independence(module, inputs, atol):
         for w, a in zip(whole, alone, strict=True):
             torch.testing.assert_close(a[0], w[b], atol=atol, rtol=0)
 
+# %% ../../nbs/00_core/01_checks.ipynb #b033b58d
 def _check_state_round_trip(module, inputs):
     twin = copy.deepcopy(module)
     with torch.no_grad():
@@ -87,6 +97,7 @@ def _check_state_round_trip(module, inputs):
     for a, b in zip(_tensors(module(*inputs)), _tensors(twin(*inputs)), strict=True):
         torch.testing.assert_close(a, b, atol=0, rtol=0)
 
+# %% ../../nbs/00_core/01_checks.ipynb #48ff9d6a
 def _check_gradients(module, inputs, generator):
     module = copy.deepcopy(module).train()
     for p in module.parameters():
@@ -117,7 +128,9 @@ def check_module(
             x = inputs(2, h, w, generator)
             for out in _tensors(module(*x)):
                 if out.shape[0] != 2 or out.shape[-2:] != (h, w) or not torch.isfinite(out).all():
-                    raise AssertionError(f"{type(module).__name__}: {h}×{w} gives {tuple(out.shape)} or non-finite values")
+                    raise AssertionError(
+                        f"{type(module).__name__}: {h}×{w} gives {tuple(out.shape)} or non-finite values"
+                    )
             _check_batch_independence(module, x, atol)
         _check_state_round_trip(module, x)
     _check_gradients(module, inputs(2, 17, 19, generator), generator)

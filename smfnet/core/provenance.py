@@ -27,24 +27,35 @@ from .checks import InputError
 
 # %% ../../nbs/00_core/02_provenance.ipynb #481cd1a6
 def _sha256_file(path: Path) -> str:
-    with path.open("rb") as f: return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_blocks(f)
+    with path.open("rb") as f:
+        return (
+            hashlib.file_digest(f, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _sha256_blocks(f)
+        )
 
+# %% ../../nbs/00_core/02_provenance.ipynb #ef8b28c4
 def _sha256_blocks(f) -> str:
     digest = hashlib.sha256()
     while block := f.read(1 << 20): digest.update(block)
     return digest.hexdigest()
 
+# %% ../../nbs/00_core/02_provenance.ipynb #ea97a153
 def _visible_files(folder: Path) -> list[Path]:
     found = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
-    return sorted((p for p in found if not any(part.startswith(".") for part in p.parts)), key=lambda p: p.as_posix())
+    return sorted(
+        (p for p in found if not any(part.startswith(".") for part in p.parts)), key=lambda p: p.as_posix()
+    )
 
+# %% ../../nbs/00_core/02_provenance.ipynb #71f3f628
 def sha256(
     path: str | Path,  # a file, or a folder
 ) -> str:  # 64 hexadecimal digits
     "Checksum of a file's bytes, or of a folder's sorted listing of checksums and relative paths; `InputError` if absent."
     path = Path(path)
     if path.is_file(): return _sha256_file(path)
-    if not path.is_dir(): raise InputError(f"{path}: no such file or folder; check the path")
+    if not path.is_dir():
+        raise InputError(f"{path}: no such file or folder; check the path")
     lines = [f"{_sha256_file(path / p)}  {p.as_posix()}\n" for p in _visible_files(path)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -53,6 +64,7 @@ def _version(package: str) -> str | None:
     try: return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError: return None
 
+# %% ../../nbs/00_core/02_provenance.ipynb #62f6c43e
 def environment() -> dict:  # plain values that go into JSON
     "Versions of Python and the libraries that decide results, the platform, processors and GPU (None without one)."
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -70,10 +82,15 @@ def environment() -> dict:  # plain values that go into JSON
 # %% ../../nbs/00_core/02_provenance.ipynb #2cfc3f25
 def _git(root: Path, *arguments: str) -> str | None:
     env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-    try: done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, env=env, timeout=60)
-    except (OSError, subprocess.TimeoutExpired): return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, env=env, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
 
+# %% ../../nbs/00_core/02_provenance.ipynb #ef1253db
 def git_revision(
     root: str | Path | None = None,  # folder inside a repository; by default the repository that tracks this package
 ) -> dict:  # revision: str | None, dirty: bool | None
@@ -94,17 +111,24 @@ def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try: os.fsync(handle)
     except OSError as e:  # some file systems cannot flush a folder; a full disk still counts
-        if e.errno in _FULL: raise
+        if e.errno in _FULL:
+            raise
     finally: os.close(handle)
 
+# %% ../../nbs/00_core/02_provenance.ipynb #2b5172a2
 def _reserve(target: Path) -> Path:
-    if target.is_dir(): raise InputError(f"{target}: is a folder; give the name of a file")
+    if target.is_dir():
+        raise InputError(f"{target}: is a folder; give the name of a file")
     temporary = target.parent / f".tmp-{uuid.uuid4().hex}{target.suffix}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # the process's usual permissions
+        os.close(
+            os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        )  # the process's usual permissions
     except OSError as e:
-        raise InputError(f"{target.parent}: cannot write there ({e.strerror}); choose another output folder") from e
+        raise InputError(
+            f"{target.parent}: cannot write there ({e.strerror}); choose another output folder"
+        ) from e
     return temporary
 
 # %% ../../nbs/00_core/02_provenance.ipynb #b2f8c02b
@@ -123,7 +147,8 @@ def atomic_path(
         os.replace(temporary, target)
         if os.name == "posix": _sync(target.parent)
     except OSError as e:
-        if e.errno in _FULL: raise InputError(f"{path}: the disk is full; free some space and run again") from e
+        if e.errno in _FULL:
+            raise InputError(f"{path}: the disk is full; free some space and run again") from e
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -134,20 +159,25 @@ def _plain(value):
     if hasattr(value, "item") and getattr(value, "ndim", 1) == 0: return value.item()
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
+# %% ../../nbs/00_core/02_provenance.ipynb #9a0dc8b3
 def _not_finite(obj, where: str = "") -> str | None:
     if isinstance(obj, dict): pairs = obj.items()
     elif isinstance(obj, list): pairs = enumerate(obj)
     else: return where if isinstance(obj, float) and not math.isfinite(obj) else None
     return next((found for key, value in pairs if (found := _not_finite(value, f"{where}/{key}"))), None)
 
+# %% ../../nbs/00_core/02_provenance.ipynb #8123cc2e
 def write_json(
     path: str | Path,  # final name; written in one piece
     obj,  # dictionaries, lists, strings, numbers, booleans, None; paths and scalars of numpy or torch
 ) -> None:
     "Write JSON atomically with sorted keys; `InputError` for NaN, infinity or a value without JSON form."
-    try: simple = json.loads(json.dumps(obj, default=_plain))
-    except (TypeError, ValueError) as e: raise InputError(f"{path}: {e}; repair the value before writing") from e
-    if found := _not_finite(simple): raise InputError(f"{path}: NaN or infinity at {found}; repair the value before writing")
+    try:
+        simple = json.loads(json.dumps(obj, default=_plain))
+    except (TypeError, ValueError) as e:
+        raise InputError(f"{path}: {e}; repair the value before writing") from e
+    if found := _not_finite(simple):
+        raise InputError(f"{path}: NaN or infinity at {found}; repair the value before writing")
     text = json.dumps(simple, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
     with atomic_path(path) as part: part.write_text(text + "\n", encoding="utf-8")
 
@@ -164,7 +194,9 @@ def provenance(
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "git": git_revision(),
         "environment": environment(),
-        "notebook": None if notebook is None else {"path": Path(notebook).as_posix(), "sha256": sha256(notebook)},
+        "notebook": None
+        if notebook is None
+        else {"path": Path(notebook).as_posix(), "sha256": sha256(notebook)},
         "params": dict(params or {}),
         "inputs": {Path(p).as_posix(): sha256(p) for p in inputs},
         "seed": seed,

@@ -52,7 +52,9 @@ class Report:
         for split, text in self.checked.items(): yield f"{self.name} {split}: {text}"
         for sort in ("missing", "extra", "corrupt", "mismatched"):
             found = getattr(self, sort)
-            yield from (f"  {sort}: {path}{f' ({why})' if why else ''}" for path, why in list(found.items())[:show])
+            yield from (
+                f"  {sort}: {path}{f' ({why})' if why else ''}" for path, why in list(found.items())[:show]
+            )
             if len(found) > show: yield f"  {sort}: and {len(found) - show} more"
         yield from (f"  note: {note}" for note in self.notes)
 
@@ -67,6 +69,7 @@ def _files(folder: Path) -> list[str]:
     found = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
     return sorted(p.as_posix() for p in found if not any(part.startswith(".") for part in p.parts))
 
+# %% ../../nbs/03_data/05_acquire.ipynb #f3ea10fc
 def _against_registry(report: Report, s: Split, place: Path) -> None:
     "Compare the files of a proven split by their bytes."
     known, owner = {f.path: f for f in s.files}, {f.sha256: f.path for f in s.files}
@@ -82,7 +85,9 @@ def _against_registry(report: Report, s: Split, place: Path) -> None:
         elif _readable(place / path): report.mismatched[path] = "another image than the registry knows"
         else: report.corrupt[path] = f"{(place / path).stat().st_size} of {known[path].bytes} bytes, not readable"
     good = sum(f.path in present and f.path not in {**report.mismatched, **report.corrupt} for f in s.files)
-    report.checked[s.name] = f"{good} of {len(known)} files as in the registry ({s.count} pairs), in {place / s.folder}"
+    report.checked[s.name] = (
+        f"{good} of {len(known)} files as in the registry ({s.count} pairs), in {place / s.folder}"
+    )
 
 # %% ../../nbs/03_data/05_acquire.ipynb #1041bdf5
 def _pair_problem(report: Report, pair, place: Path) -> None:
@@ -94,12 +99,15 @@ def _pair_problem(report: Report, pair, place: Path) -> None:
             report.corrupt[path.relative_to(place).as_posix()] = str(e).removeprefix(f"{path}: ")
             return
     if len(set(sizes)) > 1:
-        report.mismatched[pair.source.ir.relative_to(place).as_posix()] = f"{sizes[0][1]}×{sizes[0][0]}, its visible partner {sizes[1][1]}×{sizes[1][0]}"
+        report.mismatched[pair.source.ir.relative_to(place).as_posix()] = (
+            f"{sizes[0][1]}×{sizes[0][0]}, its visible partner {sizes[1][1]}×{sizes[1][0]}"
+        )
         return
     for read in (lambda: pair.content, lambda: pair.mask, lambda: pair.boxes):
         try: read()
         except InputError as e: report.mismatched[f"{pair.stem}"] = str(e).replace(f"{place}/", "")
 
+# %% ../../nbs/03_data/05_acquire.ipynb #00837ba4
 def _against_layout(report: Report, d: DataSet, s: Split, place: Path, progress: bool) -> None:
     "Check a split whose checksums are unknown by its structure."
     try: pairs = get_pairs(d, s.name, root=place, strict=False, memory=0)
@@ -107,7 +115,8 @@ def _against_layout(report: Report, d: DataSet, s: Split, place: Path, progress:
         report.missing[s.folder] = str(e)
         return
     report.missing |= {stem: text.replace(f"{place}/", "") for stem, text in pairs.problems.items()}
-    for pair in tqdm(pairs, desc=f"check {d.name} {s.name}", unit="pair", disable=not progress): _pair_problem(report, pair, place)
+    for pair in tqdm(pairs, desc=f"check {d.name} {s.name}", unit="pair", disable=not progress):
+        _pair_problem(report, pair, place)
     report.checked[s.name] = f"{len(pairs)} pairs, in {place / s.folder}"
     report.notes += pairs.notes
 
@@ -119,14 +128,21 @@ def _shared_content(d: DataSet, places: dict[str, Path]) -> list[str]:
     for name, place in places.items():
         for path in _split_files(d, d.split(name), place):
             first = seen.setdefault(sha256(place / path), (name, path))
-            if first[0] != name and first[1] != path: shared.setdefault((first[0], name), []).append(f"{path} equals {first[1]}")
-    return [f"{a} and {b} share the content of {len(found)} files, e.g. {found[0]}" for (a, b), found in shared.items()]
+            if first[0] != name and first[1] != path:
+                shared.setdefault((first[0], name), []).append(f"{path} equals {first[1]}")
+    return [
+        f"{a} and {b} share the content of {len(found)} files, e.g. {found[0]}"
+        for (a, b), found in shared.items()
+    ]
 
+# %% ../../nbs/03_data/05_acquire.ipynb #0f40deae
 def _split_files(d: DataSet, s: Split, place: Path) -> list[str]:
     if s.proven: return [f.path for f in s.files if (place / f.path).is_file()]
     try: pairs = get_pairs(d, s.name, root=place, strict=False, memory=0)
     except InputError: return []
-    return sorted({p.relative_to(place).as_posix() for pair in pairs for p in (pair.source.ir, pair.source.vis)})
+    return sorted(
+        {p.relative_to(place).as_posix() for pair in pairs for p in (pair.source.ir, pair.source.vis)}
+    )
 
 # %% ../../nbs/03_data/05_acquire.ipynb #98d86527
 def verify(
@@ -159,7 +175,8 @@ def verify_all(
 ) -> list[Report]:
     "Verify every set of which something is here; `InputError` if nothing is."
     here = [d for d in registry().values() if any(locate(s, root=root) for s in d.splits.values())]
-    if not here: raise InputError(f"no data set in {' or '.join(map(str, data_roots(root)))}; see: smfnet data list")
+    if not here:
+        raise InputError(f"no data set in {' or '.join(map(str, data_roots(root)))}; see: smfnet data list")
     return [verify(d, root=root, progress=progress) for d in here]
 
 # %% ../../nbs/03_data/05_acquire.ipynb #b385bbd7
@@ -168,6 +185,7 @@ LARGEST = 64 << 30  # bytes that an archive may unpack to
 MOST = 500_000  # members of an archive
 BOMB = 200  # times its size that an archive may unpack to, beyond the first 64 MB
 
+# %% ../../nbs/03_data/05_acquire.ipynb #fca522e0
 def _safe_name(archive: Path, name: str) -> PurePosixPath | None:
     "A member's path below the target; None to skip it; `InputError` if it leads elsewhere."
     path = PurePosixPath(name.replace("\\", "/"))
@@ -176,6 +194,7 @@ def _safe_name(archive: Path, name: str) -> PurePosixPath | None:
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
     return None if hidden or path.suffix.lower() not in KEPT else path
 
+# %% ../../nbs/03_data/05_acquire.ipynb #92b8ef66
 class _Budget:
     "Counts what is unpacked and stops in time."
     def __init__(self, archive: Path, largest: int):
@@ -187,7 +206,10 @@ class _Budget:
         with target.open("xb") as out:
             while block := source.read(1 << 20):
                 self.written += len(block)
-                if self.written > self.limit: raise InputError(f"{self.archive}: unpacks to more than {self.limit >> 20} MB; this looks like a bomb, do not trust it")
+                if self.written > self.limit:
+                    raise InputError(
+                        f"{self.archive}: unpacks to more than {self.limit >> 20} MB; this looks like a bomb, do not trust it"
+                    )
                 out.write(block)
 
 # %% ../../nbs/03_data/05_acquire.ipynb #ce738c75
@@ -195,20 +217,27 @@ def _zip_members(archive: Path) -> Iterator[tuple[str, object]]:
     with zipfile.ZipFile(archive) as z:
         for m in z.infolist():
             if m.is_dir(): continue
-            if m.flag_bits & 1: raise InputError(f"{archive}: is encrypted; unpack it yourself and give the folder")
-            if stat.S_ISLNK(m.external_attr >> 16): raise InputError(f"{archive}: the member {m.filename!r} is a link; do not trust this archive")
+            if m.flag_bits & 1:
+                raise InputError(f"{archive}: is encrypted; unpack it yourself and give the folder")
+            if stat.S_ISLNK(m.external_attr >> 16):
+                raise InputError(f"{archive}: the member {m.filename!r} is a link; do not trust this archive")
             yield m.filename, lambda m=m: z.open(m)
 
+# %% ../../nbs/03_data/05_acquire.ipynb #36a4c18c
 def _tar_members(archive: Path) -> Iterator[tuple[str, object]]:
     with tarfile.open(archive) as t:
         for m in t:
             if m.isdir() or m.type in (tarfile.XHDTYPE, tarfile.XGLTYPE): continue
-            if not m.isreg(): raise InputError(f"{archive}: the member {m.name!r} is a link or a device; do not trust this archive")
+            if not m.isreg():
+                raise InputError(
+                    f"{archive}: the member {m.name!r} is a link or a device; do not trust this archive"
+                )
             yield m.name, lambda m=m: t.extractfile(m)
         t.fileobj.seek(t.offset)  # an archive that was cut between two members lacks its closing zeros
         closing, rest = 0, None
         while rest := t.fileobj.read(1 << 20): closing += len(rest)
-        if closing < tarfile.BLOCKSIZE: raise InputError(f"{archive}: damaged or incomplete (its end is missing); download it again")
+        if closing < tarfile.BLOCKSIZE:
+            raise InputError(f"{archive}: damaged or incomplete (its end is missing); download it again")
 
 # %% ../../nbs/03_data/05_acquire.ipynb #b5ba2bfa
 def unpack(
@@ -219,43 +248,70 @@ def unpack(
 ) -> int:  # number of files
     "Unpack images, lists and annotations; `InputError` for damage, encryption, escaping paths, links or a bomb."
     archive, folder, count = Path(archive), Path(folder), 0
-    kind = _zip_members if zipfile.is_zipfile(archive) else _tar_members if tarfile.is_tarfile(archive) else None
-    if kind is None: raise InputError(f"{archive}: no readable .zip or .tar archive ({archive.stat().st_size} bytes); download it again, or unpack it and give the folder")
+    kind = (
+        _zip_members if zipfile.is_zipfile(archive) else _tar_members if tarfile.is_tarfile(archive) else None
+    )
+    if kind is None:
+        raise InputError(
+            f"{archive}: no readable .zip or .tar archive ({archive.stat().st_size} bytes); download it again, or unpack it and give the folder"
+        )
     budget = _Budget(archive, largest)
     try:
         for number, (name, open_member) in enumerate(kind(archive)):
-            if number >= MOST: raise InputError(f"{archive}: more than {MOST} members; this looks like a bomb, do not trust it")
-            if (path := _safe_name(archive, name)) is None: continue
-            with open_member() as source: budget.copy(source, folder / path)
+            if number >= MOST:
+                raise InputError(
+                    f"{archive}: more than {MOST} members; this looks like a bomb, do not trust it"
+                )
+            if (path := _safe_name(archive, name)) is None:
+                continue
+            with open_member() as source:
+                budget.copy(source, folder / path)
             count += 1
-    except FileExistsError as e: raise InputError(f"{archive}: holds the member {name!r} twice; download it again") from e
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, RuntimeError, ValueError) as e:  # RuntimeError: a method of compression that is not supported
-        if isinstance(e, InputError): raise
+    except FileExistsError as e:
+        raise InputError(f"{archive}: holds the member {name!r} twice; download it again") from e
+    except (
+        zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, RuntimeError, ValueError,
+    ) as e:  # RuntimeError: a method of compression that is not supported
+        if isinstance(e, InputError):
+            raise
         raise InputError(f"{archive}: damaged or incomplete ({e}); download it again") from e
     return count
 
 # %% ../../nbs/03_data/05_acquire.ipynb #1f517433
 STAGE = ".smfnet-staging"  # hidden folder below the root where splits are assembled
 
+# %% ../../nbs/03_data/05_acquire.ipynb #5dbf6fa5
 @contextmanager
 def _writing(root: Path, need: int = 0) -> Iterator[Path]:
     "The staging folder; operating-system errors become `InputError`s."
     try:
         (root / STAGE).mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(root).free < need: raise InputError(f"{root}: {need / 1e6:.0f} MB are needed, {shutil.disk_usage(root).free / 1e6:.0f} MB are free; choose another --root")
-        try: yield root / STAGE
+        if shutil.disk_usage(root).free < need:
+            raise InputError(
+                f"{root}: {need / 1e6:.0f} MB are needed, {shutil.disk_usage(root).free / 1e6:.0f} MB are free; choose another --root"
+            )
+        try:
+            yield root / STAGE
         finally:
-            if not any((root / STAGE).iterdir()): (root / STAGE).rmdir()
-    except OSError as e: raise InputError(f"{e.filename or root}: cannot write ({e.strerror}); choose another --root or free some space") from e
+            if not any((root / STAGE).iterdir()):
+                (root / STAGE).rmdir()
+    except OSError as e:
+        raise InputError(
+            f"{e.filename or root}: cannot write ({e.strerror}); choose another --root or free some space"
+        ) from e
 
+# %% ../../nbs/03_data/05_acquire.ipynb #c3a20a0e
 def _intact(f: KnownFile, place: Path) -> bool:
     path = place / f.path
     return path.is_file() and path.stat().st_size == f.bytes and sha256(path) == f.sha256
 
+# %% ../../nbs/03_data/05_acquire.ipynb #7ca0445e
 def _place_proven(s: Split, staged: Path, root: Path) -> None:
     "Move a complete, checked split to its place."
     if bad := [f.path for f in s.files if not (_intact(f, staged) or _intact(f, root))]:
-        raise InputError(f"{s.set} {s.name}: {bad[0]} changed while it was installed; nothing was installed, run it again")
+        raise InputError(
+            f"{s.set} {s.name}: {bad[0]} changed while it was installed; nothing was installed, run it again"
+        )
     known = {f.path for f in s.files}
     for path in _files(staged / s.folder) if (staged / s.folder).is_dir() else ():
         if f"{s.folder}/{path}" not in known: (staged / s.folder / path).unlink()
@@ -276,22 +332,28 @@ class Outcome:
     notes: list[str] = field(default_factory=list)  # what a user should know
     problems: list[str] = field(default_factory=list)  # what could not be installed, and why
 
+# %% ../../nbs/03_data/05_acquire.ipynb #5c5030f3
 def _by_content(d: DataSet, tree: Path) -> dict[str, Path]:
     "Checksum -> file, for files of a tree whose length occurs in the registry."
     lengths = {f.bytes for s in d.splits.values() for f in s.files}
     found = {}
     for path in sorted(tree.rglob("*")):
-        if path.is_file() and path.suffix.lower() in EXTENSIONS and path.stat().st_size in lengths: found.setdefault(sha256(path), path)
+        if path.is_file() and path.suffix.lower() in EXTENSIONS and path.stat().st_size in lengths:
+            found.setdefault(sha256(path), path)
     return found
 
+# %% ../../nbs/03_data/05_acquire.ipynb #76647959
 def _add_proven(d: DataSet, s: Split, found: dict[str, Path], stage: Path, root: Path, outcome: Outcome) -> None:
     "Install a split if the tree holds all of it."
-    if all(_intact(f, root) for f in s.files): return outcome.notes.append(f"{d.name} {s.name}: is complete already in {root / s.folder}")
+    if all(_intact(f, root) for f in s.files):
+        return outcome.notes.append(f"{d.name} {s.name}: is complete already in {root / s.folder}")
     absent = [f for f in s.files if f.sha256 not in found]
     if len(absent) == len(s.files): return
     if absent:
         names = ", ".join(PurePosixPath(f.path).relative_to(s.folder).as_posix() for f in absent[:5])
-        return outcome.problems.append(f"{d.name} {s.name}: only {len(s.files) - len(absent)} of {len(s.files)} files are there; missing {names}{' …' if len(absent) > 5 else ''}")
+        return outcome.problems.append(
+            f"{d.name} {s.name}: only {len(s.files) - len(absent)} of {len(s.files)} files are there; missing {names}{' …' if len(absent) > 5 else ''}"
+        )
     for f in s.files:
         (stage / f.path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(found[f.sha256], stage / f.path)
@@ -302,10 +364,13 @@ def _add_proven(d: DataSet, s: Split, found: dict[str, Path], stage: Path, root:
 def _child(folder: Path, relative: str) -> Path | None:
     "A subfolder by its name, whatever its case."
     for part in relative.split("/"):
-        folder = next((c for c in sorted(folder.iterdir()) if c.is_dir() and c.name.casefold() == part.casefold()), None)
+        folder = next(
+            (c for c in sorted(folder.iterdir()) if c.is_dir() and c.name.casefold() == part.casefold()), None
+        )
         if folder is None: return None
     return folder
 
+# %% ../../nbs/03_data/05_acquire.ipynb #ecb7aa39
 def _layout_of(folder: Path, layout: dict) -> dict[str, Path] | None:
     "The folders of a layout below this one, or None if it is not that layout."
     if "without" in layout and _child(folder, layout["without"]): return None
@@ -316,13 +381,18 @@ def _candidates(tree: Path, layout: dict) -> list[dict[str, Path]]:
     folders = [tree, *(p for p in sorted(tree.rglob("*")) if p.is_dir())]
     return [f for folder in folders if (f := _layout_of(folder, layout))]
 
+# %% ../../nbs/03_data/05_acquire.ipynb #aee62713
 def _targets(d: DataSet, s: Split, found: dict[str, Path]) -> dict[str, Path]:
     "Name below the split's folder -> folder to copy."
-    names = {"ir": d.sides["ir"], "vis": d.sides["vis"], "packed": s.extra.get("packed"), **{k: s.extra[k]["folder"] for k in ("masks", "boxes") if k in s.extra}}
+    names = {
+        "ir": d.sides["ir"], "vis": d.sides["vis"], "packed": s.extra.get("packed"),
+        **{k: s.extra[k]["folder"] for k in ("masks", "boxes") if k in s.extra},
+    }
     folders = {names[role]: path for role, path in found.items()}
     beside = next(iter(found.values())).parent
     for kind in ("masks", "boxes"):  # optional companions
-        if kind in s.extra and (extra := _child(beside, s.extra[kind]["folder"])): folders.setdefault(names[kind], extra)
+        if kind in s.extra and (extra := _child(beside, s.extra[kind]["folder"])):
+            folders.setdefault(names[kind], extra)
     return folders
 
 # %% ../../nbs/03_data/05_acquire.ipynb #6ceca34c
@@ -331,25 +401,44 @@ def _add_stated(d: DataSet, group: list[Split], tree: Path, stage: Path, root: P
     s = group[0]
     candidates = _candidates(tree, s.extra["layout"])
     if not candidates: return
-    if len(candidates) > 1: raise InputError(f"{tree}: {len(candidates)} folders look like {d.name} {s.name}: {', '.join(str(next(iter(c.values())).parent) for c in candidates[:3])}; give one of them")
-    if (root / s.folder).exists(): return outcome.problems.append(f"{root / s.folder}: is there already; move it away first, or run: smfnet data verify {d.name}")
+    if len(candidates) > 1:
+        raise InputError(
+            f"{tree}: {len(candidates)} folders look like {d.name} {s.name}: {', '.join(str(next(iter(c.values())).parent) for c in candidates[:3])}; give one of them"
+        )
+    if (root / s.folder).exists():
+        return outcome.problems.append(
+            f"{root / s.folder}: is there already; move it away first, or run: smfnet data verify {d.name}"
+        )
     for name, folder in _targets(d, s, candidates[0]).items(): _copy_folder(folder, stage / s.folder / name)
-    for text in next(iter(candidates[0].values())).parent.glob("*.txt"): shutil.copyfile(text, stage / s.folder / text.name)
+    for text in next(iter(candidates[0].values())).parent.glob("*.txt"):
+        shutil.copyfile(text, stage / s.folder / text.name)
     here = [g for g in group if "list" not in g.extra or (stage / g.folder / g.extra["list"]).is_file()]
-    if not here: return outcome.problems.append(f"{d.name}: none of the lists {', '.join(g.extra['list'] for g in group)} is beside {s.extra['packed']}")
+    if not here:
+        return outcome.problems.append(
+            f"{d.name}: none of the lists {', '.join(g.extra['list'] for g in group)} is beside {s.extra['packed']}"
+        )
     reports = [verify(d, g.name, root=stage) for g in here]
     if bad := [line.strip() for r in reports if not r.ok for line in r.lines(show=5) if line.startswith("  ")]:
-        return outcome.problems.append(f"{d.name} {s.name}: not installed, {'; '.join(bad)}".replace(f"{stage}/", ""))
+        return outcome.problems.append(
+            f"{d.name} {s.name}: not installed, {'; '.join(bad)}".replace(f"{stage}/", "")
+        )
     (root / s.folder).parent.mkdir(parents=True, exist_ok=True)
     os.rename(stage / s.folder, root / s.folder)
-    outcome.installed += [line.replace(str(stage), str(root)) for r in reports for line in r.lines() if not line.startswith("  ")]
+    outcome.installed += [
+        line.replace(str(stage), str(root))
+        for r in reports
+        for line in r.lines()
+        if not line.startswith("  ")
+    ]
     outcome.notes += [note.replace(str(stage), str(root)) for r in reports for note in r.notes]
 
+# %% ../../nbs/03_data/05_acquire.ipynb #e128b2cc
 def _copy_folder(source: Path, target: Path) -> None:
     "Copy the files of interest of one folder, without its subfolders."
     target.mkdir(parents=True)
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix.lower() in KEPT and not path.name.startswith("."): shutil.copyfile(path, target / path.name)
+        if path.is_file() and path.suffix.lower() in KEPT and not path.name.startswith("."):
+            shutil.copyfile(path, target / path.name)
 
 # %% ../../nbs/03_data/05_acquire.ipynb #6dec755e
 def _groups(d: DataSet) -> list[list[Split]]:
@@ -359,6 +448,7 @@ def _groups(d: DataSet) -> list[list[Split]]:
         if "layout" in s.extra and not s.of: groups.setdefault(s.folder, []).append(s)
     return list(groups.values())
 
+# %% ../../nbs/03_data/05_acquire.ipynb #a6399d4e
 def add(
     name: str | DataSet,  # of the registry, or a pinned folder
     source: str | Path,  # archive or folder
@@ -367,8 +457,10 @@ def add(
 ) -> Outcome:
     "Import a data set from an archive or a folder, all of a split or nothing; `InputError` if nothing could be installed."
     d, source, root, outcome = find_set(name), Path(source).expanduser(), write_root(root), Outcome()
-    if d.access == "rendered": raise InputError(f"{d.name}: is rendered on demand; nothing needs to be added")
-    if not source.exists(): raise InputError(f"{source}: no such file or folder; give the archive or folder that you downloaded")
+    if d.access == "rendered":
+        raise InputError(f"{d.name}: is rendered on demand; nothing needs to be added")
+    if not source.exists():
+        raise InputError(f"{source}: no such file or folder; give the archive or folder that you downloaded")
     with _writing(root) as staging, tempfile.TemporaryDirectory(dir=staging, prefix="add-") as scratch:
         tree, stage = source, Path(scratch, "stage")
         if source.is_file(): unpack(source, tree := Path(scratch, "tree"))
@@ -378,7 +470,9 @@ def add(
         for group in _groups(d) if tree.is_dir() else (): _add_stated(d, group, tree, stage, root, outcome)
     outcome.problems = [p.replace(f"{scratch}/", "") for p in outcome.problems]
     if not outcome.installed and (outcome.problems or not outcome.notes):
-        wrong = f"{source}: holds nothing of {d.name}; {d.guide or 'give the archive of ' + ' or '.join(d.home)}"
+        wrong = (
+            f"{source}: holds nothing of {d.name}; {d.guide or 'give the archive of ' + ' or '.join(d.home)}"
+        )
         raise InputError("; ".join(outcome.problems) or wrong)
     return outcome
 
@@ -386,6 +480,7 @@ def add(
 FETCHED_FROM = "https://raw.githubusercontent.com"  # what `mirror` replaces
 SLOWEST = 2000  # bytes a second; a file that comes more slowly has stalled
 
+# %% ../../nbs/03_data/05_acquire.ipynb #07c007f5
 class _Bounded:
     "A downloader for pooch that reads no more bytes and waits no longer than the file deserves."
     def __init__(self, known: KnownFile, timeout: float):
@@ -398,24 +493,37 @@ class _Bounded:
             answer.raise_for_status()
             for block in answer.iter_content(1 << 14):
                 size += len(block)
-                if size > self.known.bytes: raise ValueError(f"sends more than {self.known.bytes} bytes")
-                if time.monotonic() > end: raise requests.exceptions.Timeout(f"sent {size} of {self.known.bytes} bytes, then stalled")
+                if size > self.known.bytes:
+                    raise ValueError(f"sends more than {self.known.bytes} bytes")
+                if time.monotonic() > end:
+                    raise requests.exceptions.Timeout(
+                        f"sent {size} of {self.known.bytes} bytes, then stalled"
+                    )
                 out.write(block)
 
+# %% ../../nbs/03_data/05_acquire.ipynb #e0d939f6
 def _fetch(f: KnownFile, stage: Path, mirror: str | None, timeout: float) -> None:
     "One attempt at one file."
     import pooch
     url = f.url if mirror is None else f"{mirror.rstrip('/')}/{f.url.split('/', 3)[3]}"
     pooch.get_logger().setLevel("WARNING")
-    pooch.retrieve(url, f"sha256:{f.sha256}", fname=PurePosixPath(f.path).name, path=(stage / f.path).parent, downloader=_Bounded(f, timeout))
+    pooch.retrieve(
+        url, f"sha256:{f.sha256}", fname=PurePosixPath(f.path).name, path=(stage / f.path).parent,
+        downloader=_Bounded(f, timeout),
+    )
 
 # %% ../../nbs/03_data/05_acquire.ipynb #32d49888
 def _why(error: Exception) -> tuple[str, bool]:
     "What went wrong in plain words, and whether another attempt may help."
     import requests
     answer = getattr(error, "response", None)
-    if answer is not None: return f"the server answers {answer.status_code} {answer.reason}", answer.status_code >= 500 or answer.status_code == 429
-    if isinstance(error, requests.exceptions.Timeout) or "timed out" in str(error): return "the server stalled", True
+    if answer is not None:
+        return (
+            f"the server answers {answer.status_code} {answer.reason}",
+            answer.status_code >= 500 or answer.status_code == 429,
+        )
+    if isinstance(error, requests.exceptions.Timeout) or "timed out" in str(error):
+        return "the server stalled", True
     if isinstance(error, ValueError) and not isinstance(error, requests.exceptions.RequestException):
         more = f"the server {error}; " if "sends more" in str(error) else ""
         return f"{more}the content is not what the registry knows (damaged, tampered with, or replaced)", True
@@ -430,8 +538,10 @@ def _persist(f: KnownFile, stage: Path, mirror: str | None, *, timeout: float, a
         except (requests.exceptions.RequestException, ValueError) as e:
             text, again = _why(e)
             if not again or attempt == attempts:
-                raise InputError(f"{f.url if mirror is None else mirror}: {f.path}: {text} ({attempt} attempts); nothing was installed, "
-                                 "checked files are kept: run the same command again later") from e
+                raise InputError(
+                    f"{f.url if mirror is None else mirror}: {f.path}: {text} ({attempt} attempts); nothing was installed, "
+                    "checked files are kept: run the same command again later"
+                ) from e
             time.sleep(pause * attempt)
 
 # %% ../../nbs/03_data/05_acquire.ipynb #141a4040
@@ -454,10 +564,17 @@ def get(
 ) -> Outcome:
     "Download the proven splits of a data set, all of a split or nothing; `InputError` names the file and the reason."
     d, to, root, outcome = find_set(name), root, write_root(root), Outcome()
-    wanted = [d.split(d.split(s).of or s) for s in splits] or [s for s in d.splits.values() if s.proven and not s.of]
-    if d.access != "direct" or not wanted or not all(s.proven for s in wanted): raise InputError(f"{d.name}: cannot be fetched automatically; {d.guide or 'it is rendered on demand'}")
+    wanted = [d.split(d.split(s).of or s) for s in splits] or [
+        s for s in d.splits.values() if s.proven and not s.of
+    ]
+    if d.access != "direct" or not wanted or not all(s.proven for s in wanted):
+        raise InputError(
+            f"{d.name}: cannot be fetched automatically; {d.guide or 'it is rendered on demand'}"
+        )
     if elsewhere := _complete_elsewhere(wanted) if to is None else {}:
-        outcome.notes += [f"{d.name} {name}: is complete already in {place}" for name, place in elsewhere.items()]
+        outcome.notes += [
+            f"{d.name} {name}: is complete already in {place}" for name, place in elsewhere.items()
+        ]
         wanted = [s for s in wanted if s.name not in elsewhere]
     lacking = {s.name: [f for f in s.files if not _intact(f, root)] for s in wanted}
     total = sum(f.bytes for files in lacking.values() for f in files)
@@ -468,7 +585,9 @@ def get(
                 _persist(f, stage, mirror, timeout=timeout, attempts=attempts, pause=pause)
                 bar.update(f.bytes)
             if lacking[s.name]: _place_proven(s, stage, root)
-            (outcome.installed if lacking[s.name] else outcome.notes).append(f"{d.name} {s.name}: {s.count} pairs in {root / s.folder}{'' if lacking[s.name] else ', complete already'}")
+            (outcome.installed if lacking[s.name] else outcome.notes).append(
+                f"{d.name} {s.name}: {s.count} pairs in {root / s.folder}{'' if lacking[s.name] else ', complete already'}"
+            )
         shutil.rmtree(stage, ignore_errors=True)
     outcome.notes += [f"{d.name}: {d.guide}"] if d.guide else []
     return outcome
@@ -480,12 +599,14 @@ def inventory(
     "Every split of the registry and whether it is here, judged by names and lengths of files."
     return [_entry(d, s, root) for d in registry().values() for s in d.splits.values()]
 
+# %% ../../nbs/03_data/05_acquire.ipynb #246fded3
 def _entry(d: DataSet, s: Split, root) -> dict:
     pairs = "?" if s.count is None else f"({s.count})" if s.counted_by else str(s.count)
     entry = {"set": d.name, "split": s.name, "pairs": pairs, "place": ""}
     if d.access == "rendered": return entry | {"state": "rendered"}
     place = locate(s, root=root)
-    if place is None: return entry | {"state": "to get" if d.access == "direct" and s.proven else "to add by hand"}
+    if place is None:
+        return entry | {"state": "to get" if d.access == "direct" and s.proven else "to add by hand"}
     try: found: PairSet | None = get_pairs(d, s.name, root=place, strict=False, memory=0)
     except InputError: found = None
     state = "damaged" if found is None or found.problems else "here"

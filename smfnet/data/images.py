@@ -31,6 +31,7 @@ def rgb_to_ycbcr(
     y = np.float32(LUMA[0]) * r + np.float32(LUMA[1]) * g + np.float32(LUMA[2]) * b
     return y, np.float32(0.564) * (b - y), np.float32(0.713) * (r - y)
 
+# %% ../../nbs/03_data/02_images.ipynb #eb6b3690
 def ycbcr_to_rgb(
     y: np.ndarray,  # H×W
     cb: np.ndarray,  # H×W
@@ -50,7 +51,9 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".pgm", ".ppm", 
 class Pixels:
     "Decoded samples of one file in the file's own units."
     values: np.ndarray  # H×W or H×W×3; uint8, uint16, int32 or float32
-    full: float | None  # the value that means white; None where the format does not say (float, 32-bit integer)
+    full: (
+        float | None
+    )  # the value that means white; None where the format does not say (float, 32-bit integer)
     mode: str  # how the file stores it, in Pillow's words
     notes: tuple[str, ...] = ()  # what a user should know, e.g. that transparency was dropped
 
@@ -62,24 +65,30 @@ def _stored_bits(im: Image.Image) -> int:
     if im.format == "PPM" and isinstance(layout, tuple): return 8 if layout[-1] < 256 else 16
     return 16 if "16" in str(layout) or im.mode.startswith("I") else 8
 
+# %% ../../nbs/03_data/02_images.ipynb #05ec7237
 def _deep_pnm(path: Path, im: Image.Image) -> Pixels:
     "PGM or PPM of more than 8 bits: big-endian samples right behind the header."
     codec, _, offset, (mode, top) = im.tile[0][:4]
-    if codec == "ppm_plain": raise InputError(f"{path}: plain-text samples of more than 8 bits; convert it to PNG")
+    if codec == "ppm_plain":
+        raise InputError(f"{path}: plain-text samples of more than 8 bits; convert it to PNG")
     shape = (im.height, im.width, 3)[: 3 if mode == "RGB" else 2]
     data = np.frombuffer(path.read_bytes(), ">u2", count=int(np.prod(shape)), offset=offset)
     return Pixels(data.reshape(shape).astype(np.uint16), float(top), im.mode)
 
+# %% ../../nbs/03_data/02_images.ipynb #9416d3f1
 def _deep_colour(path: Path, im: Image.Image) -> Pixels:
     "PNG or TIFF with 16 bits in each of three or four channels."
     import kornia_rs
     rust = getattr(kornia_rs, "io", kornia_rs)  # older versions keep the functions at the top level
     read = {"PNG": rust.read_image_png_u16, "TIFF": rust.read_image_tiff_u16}.get(im.format)
     layout, turned = str(im.tile[0][3]), im.getexif().get(0x0112, 1) != 1
-    if turned: raise InputError(f"{path}: is stored turned; save it upright")
+    if turned:
+        raise InputError(f"{path}: is stored turned; save it upright")
     if read is None or im.mode not in ("RGB", "RGBA") or "LA" in layout:
-        raise InputError(f"{path}: {im.format} with 16 bits in an unusual layout ({layout}) cannot be read at full depth; "
-                         "save it as 16-bit RGB or grey PNG")
+        raise InputError(
+            f"{path}: {im.format} with 16 bits in an unusual layout ({layout}) cannot be read at full depth; "
+            "save it as 16-bit RGB or grey PNG"
+        )
     values = read(str(path), im.mode.lower())[..., :3]
     return Pixels(values, 65535.0, f"{im.mode};16", ("alpha channel ignored",) if im.mode == "RGBA" else ())
 
@@ -94,6 +103,7 @@ def _shallow(im: Image.Image) -> Pixels:
         if im.convert("RGBA").getchannel("A").getextrema()[0] < 255: notes = ("transparency ignored",)
     return Pixels(np.asarray(im.convert("RGB" if mode in _COLOUR else "L")), 255.0, mode, notes)
 
+# %% ../../nbs/03_data/02_images.ipynb #6abe73df
 def _decode(path: Path, im: Image.Image) -> Pixels:
     bits, pages = _stored_bits(im), getattr(im, "n_frames", 1)
     if pages > 1 and im.format != "MPO":
@@ -101,7 +111,10 @@ def _decode(path: Path, im: Image.Image) -> Pixels:
     if im.mode in ("I", "F", "I;16", "I;16B", "I;16L", "I;16N") and not (im.format == "PPM" and im.tile[0][0] != "raw"):
         if im.format == "TIFF" and (bits not in (16, 32, 64) or (im.mode == "I" and im.tag_v2.get(339, (1,))[0] == 1)):
             raise InputError(f"{path}: {bits}-bit unsigned samples; convert it to a 16-bit TIFF or PNG")
-        values, deep = np.asarray(ImageOps.exif_transpose(im)), im.mode.startswith("I;16") or im.format in ("PNG", "PPM")
+        values, deep = (
+            np.asarray(ImageOps.exif_transpose(im)),
+            im.mode.startswith("I;16") or im.format in ("PNG", "PPM"),
+        )
         kind = np.float32 if im.mode == "F" else np.uint16 if deep else np.int32
         return Pixels(values.astype(kind), 65535.0 if deep else None, im.mode)
     if bits <= 8: return _shallow(im)
@@ -113,12 +126,17 @@ def read_pixels(
 ) -> Pixels:  # samples in the file's own units
     "Decode an image file at its full depth; `InputError` if that is impossible or a value is not finite."
     path = Path(path)
-    if not path.is_file(): raise InputError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; give an image file")
+    if not path.is_file():
+        raise InputError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; give an image file")
     try:
-        with path.open("rb") as f, Image.open(f, formats=FORMATS) as im: pixels = _decode(path, im)
-    except (InputError, MemoryError): raise
+        with path.open("rb") as f, Image.open(f, formats=FORMATS) as im:
+            pixels = _decode(path, im)
+    except (InputError, MemoryError):
+        raise
     except Image.UnidentifiedImageError as e:
-        raise InputError(f"{path}: not a readable image ({path.stat().st_size} bytes); export it again as one of {', '.join(FORMATS)}") from e
+        raise InputError(
+            f"{path}: not a readable image ({path.stat().st_size} bytes); export it again as one of {', '.join(FORMATS)}"
+        ) from e
     except Exception as e:  # decoders fail in many ways, kornia_rs with bare `Exception`
         raise InputError(f"{path}: damaged or truncated image ({e}); copy or export the file again") from e
     if not np.isfinite(pixels.values).all():
@@ -136,16 +154,20 @@ def thermal_range(
     if lo < hi: return lo, hi, f"{ROBUST[0]}–{ROBUST[1]} percentiles"
     return float(values.min()), float(values.max()), "minimum and maximum"
 
+# %% ../../nbs/03_data/02_images.ipynb #2580bbd0
 def check_range(
     range,  # two numbers, lowest and highest value
 ) -> tuple[float, float]:  # the same as floats
     "Return a range as floats; `InputError` unless it is two finite numbers in ascending order."
-    try: lo, hi = (float(v) for v in range)
-    except (TypeError, ValueError) as e: raise InputError(f"range: expected two numbers, found {range!r}; give LO HI") from e
+    try:
+        lo, hi = (float(v) for v in range)
+    except (TypeError, ValueError) as e:
+        raise InputError(f"range: expected two numbers, found {range!r}; give LO HI") from e
     if not (np.isfinite([lo, hi]).all() and lo < hi):
         raise InputError(f"range: {lo:g} {hi:g} is not a range; give two finite numbers, the lower one first")
     return lo, hi
 
+# %% ../../nbs/03_data/02_images.ipynb #81cab4bb
 def _scale(values: np.ndarray, lo: float, hi: float) -> np.ndarray:
     "float32 in [0, 1]; a constant image becomes zero."
     scaled = (values.astype(np.float32) - np.float32(lo)) / np.float32(hi - lo if hi > lo else 1)
@@ -171,19 +193,25 @@ class Picture:
 def _is_grey(values: np.ndarray) -> bool:
     return values.ndim == 2 or bool((values[..., :1] == values).all())
 
+# %% ../../nbs/03_data/02_images.ipynb #05e345d4
 def _visible(path: Path, px: Pixels) -> tuple[np.ndarray, tuple | None]:
     "Luminance and chroma on the scale that the format defines."
     full = px.full
     if full is None:
         if px.values.dtype != np.float32 or px.values.min() < 0 or px.values.max() > 1:
-            raise InputError(f"{path}: values span [{px.values.min():g}, {px.values.max():g}] and the format does not say "
-                             "what white is; scale it to [0, 1] or save it as 16-bit PNG")
+            raise InputError(
+                f"{path}: values span [{px.values.min():g}, {px.values.max():g}] and the format does not say "
+                "what white is; scale it to [0, 1] or save it as 16-bit PNG"
+            )
         full = 1.0
     if _is_grey(px.values):
-        return (px.values if px.values.ndim == 2 else px.values[..., 0]).astype(np.float32) / np.float32(full), None
+        return (px.values if px.values.ndim == 2 else px.values[..., 0]).astype(np.float32) / np.float32(
+            full
+        ), None
     y, cb, cr = rgb_to_ycbcr(px.values)
     return np.clip(y / np.float32(full), 0, 1), (cb / np.float32(full), cr / np.float32(full))
 
+# %% ../../nbs/03_data/02_images.ipynb #b7a5faae
 def _infrared(px: Pixels, range) -> tuple[np.ndarray, tuple[str, ...]]:
     "First channel on a given, a natural or a robust range; the choice goes into the notes."
     values = px.values if px.values.ndim == 2 else px.values[..., 0]
@@ -204,7 +232,8 @@ def read_image(
 ) -> Picture:  # luminance float32 in [0,1]
     "Read a file as luminance in [0, 1] and kept chroma; `InputError` names the file, the finding and the fix."
     path = Path(path)
-    if modality not in ("vis", "ir"): raise InputError(f"modality: {modality!r} is unknown; use 'vis' or 'ir'")
+    if modality not in ("vis", "ir"):
+        raise InputError(f"modality: {modality!r} is unknown; use 'vis' or 'ir'")
     px = read_pixels(path)
     if modality == "ir": (luminance, notes), chroma = _infrared(px, range), None
     else: (luminance, chroma), notes = _visible(path, px), ()
@@ -213,11 +242,13 @@ def read_image(
 # %% ../../nbs/03_data/02_images.ipynb #d23042fa
 def _check_content(side: str, p: Picture) -> None:
     h, w = p.size
-    if min(h, w) < MIN_SIDE: raise InputError(f"{p.path}: {w}×{h} pixels is too small; both sides need at least {MIN_SIDE}")
+    if min(h, w) < MIN_SIDE:
+        raise InputError(f"{p.path}: {w}×{h} pixels is too small; both sides need at least {MIN_SIDE}")
     if p.luminance.min() == p.luminance.max():
         raise InputError(f"{p.path}: every pixel of this {side} image has the same value; replace the frame"
                          + (" or check the range" if side == "infrared" else ""))
 
+# %% ../../nbs/03_data/02_images.ipynb #c27da786
 def read_pair(
     *,
     ir: str | Path,  # infrared file
@@ -241,20 +272,26 @@ def to_levels(
     bits: int = 8,  # 8 or 16
 ) -> np.ndarray:  # H×W or H×W×3, uint8 or uint16
     "Join luminance and chroma, round half to even, clip to the depth; `InputError` for values that are not finite."
-    if bits not in (8, 16): raise InputError(f"bits: {bits} is not a depth of PNG used here; give 8 or 16")
+    if bits not in (8, 16):
+        raise InputError(f"bits: {bits} is not a depth of PNG used here; give 8 or 16")
     image = np.asarray(luminance, np.float32)
-    if image.ndim != 2: raise InputError(f"luminance: expected H×W, found {image.shape}; take one image of the batch")
-    if not np.isfinite(image).all(): raise InputError("luminance: contains NaN or infinite values; nothing was written")
+    if image.ndim != 2:
+        raise InputError(f"luminance: expected H×W, found {image.shape}; take one image of the batch")
+    if not np.isfinite(image).all():
+        raise InputError("luminance: contains NaN or infinite values; nothing was written")
     if chroma is not None: image = ycbcr_to_rgb(image, *chroma)
     top = 2**bits - 1
     return np.clip(np.rint(image * np.float32(top)), 0, top).astype(np.uint8 if bits == 8 else np.uint16)
 
+# %% ../../nbs/03_data/02_images.ipynb #dacfc445
 def _save_png(path: Path, levels: np.ndarray) -> None:
     if levels.dtype == np.uint8 or levels.ndim == 2: return Image.fromarray(levels).save(path, format="PNG")
     import kornia_rs
     rust = getattr(kornia_rs, "io", kornia_rs)
-    try: rust.write_image_png_u16(str(path), np.ascontiguousarray(levels), "rgb")
-    except Exception as e: raise OSError(str(e)) from e
+    try:
+        rust.write_image_png_u16(str(path), np.ascontiguousarray(levels), "rgb")
+    except Exception as e:
+        raise OSError(str(e)) from e
 
 # %% ../../nbs/03_data/02_images.ipynb #9642b7e7
 def write_image(
@@ -266,12 +303,15 @@ def write_image(
 ) -> np.ndarray:  # what was written: H×W or H×W×3, uint8 or uint16
     "Write a PNG completely or not at all; `InputError` for an unwritable place."
     path = Path(path)
-    if path.suffix.lower() != ".png": raise InputError(f"{path}: images are written as PNG; let the name end in .png")
+    if path.suffix.lower() != ".png":
+        raise InputError(f"{path}: images are written as PNG; let the name end in .png")
     levels = to_levels(luminance, chroma, bits=bits)
     try:
         with atomic_path(path) as part: _save_png(part, levels)
     except OSError as e:
-        raise InputError(f"{path}: cannot be written ({e.strerror or e}); choose another folder or free some space") from e
+        raise InputError(
+            f"{path}: cannot be written ({e.strerror or e}); choose another folder or free some space"
+        ) from e
     return levels
 
 # %% ../../nbs/03_data/02_images.ipynb #3abdd6f7
@@ -283,6 +323,7 @@ class Pair(NamedTuple):
     ir: Path  # infrared file
     vis: Path  # visible file
 
+# %% ../../nbs/03_data/02_images.ipynb #2821a5f0
 @dataclass
 class Pairs:
     "Matched files, and what could not be matched."
@@ -292,6 +333,7 @@ class Pairs:
     def __iter__(self) -> Iterator[Pair]: return iter(self.pairs)
     def __len__(self) -> int: return len(self.pairs)
 
+# %% ../../nbs/03_data/02_images.ipynb #deb3b002
 def list_images(
     folder: str | Path,  # searched without its subfolders; hidden files are skipped
 ) -> dict[str, list[Path]]:  # stem -> files of that stem; more than one is ambiguous
@@ -307,6 +349,7 @@ def _named(folder: Path, modality: str) -> list[Path]:
     "Subfolders that carry one of the usual names of a modality."
     return sorted(d for d in folder.iterdir() if d.is_dir() and d.name.lower() in FOLDERS[modality])
 
+# %% ../../nbs/03_data/02_images.ipynb #6a10e0fc
 def find_source(
     path: str | Path,  # a file, a folder of images, or a data-set root that holds the folder
     modality: str,  # "ir" or "vis"
@@ -322,8 +365,10 @@ def find_source(
         alias = path.name.lower() in FOLDERS[modality] and path.parent.is_dir()
         candidates = [d for d in _named(path.parent, modality) if list_images(d)] if alias else []
         problem = "no such file or folder"
-    if not candidates: raise InputError(f"{path}: {problem}; check the path")
-    if len(candidates) > 1: raise InputError(f"{path}: could mean {' or '.join(c.name for c in candidates)}; name the folder")
+    if not candidates:
+        raise InputError(f"{path}: {problem}; check the path")
+    if len(candidates) > 1:
+        raise InputError(f"{path}: could mean {' or '.join(c.name for c in candidates)}; name the folder")
     return candidates[0]
 
 # %% ../../nbs/03_data/02_images.ipynb #3692c937
@@ -337,12 +382,15 @@ def _match(irs: dict[str, list[Path]], viss: dict[str, list[Path]], places: dict
         if lacking:
             other = (sides["ir"] or sides["vis"])[0]
             word = {"ir": "infrared", "vis": "visible"}[lacking[0]]
-            result.problems[stem] = f"{other}: no {word} partner {stem}.* in {places[lacking[0]]}; add it or remove this file"
+            result.problems[stem] = (
+                f"{other}: no {word} partner {stem}.* in {places[lacking[0]]}; add it or remove this file"
+            )
         elif double:
             result.problems[stem] = f"{' and '.join(map(str, double))}: same name twice; keep one of them"
         else: result.pairs.append(Pair(stem, sides["ir"][0], sides["vis"][0]))
     return result
 
+# %% ../../nbs/03_data/02_images.ipynb #408ebeaa
 def find_pairs(
     *,
     ir: str | Path,  # infrared file or folder, or a data-set root
@@ -350,7 +398,8 @@ def find_pairs(
 ) -> Pairs:  # sorted by stem, and the stems that could not be matched
     "Match infrared and visible files by stem; two files given by name are a pair whatever they are called."
     a, b = find_source(ir, "ir"), find_source(vis, "vis")
-    if os.path.samefile(a, b): raise InputError(f"{a}: given as infrared and as visible; give the two modalities")
+    if os.path.samefile(a, b):
+        raise InputError(f"{a}: given as infrared and as visible; give the two modalities")
     if a.is_file() and b.is_file(): return Pairs([Pair(b.stem, a, b)])
     irs, viss = ({p.stem: [p]} if p.is_file() else list_images(p) for p in (a, b))
     if a.is_file(): viss = {s: f for s, f in viss.items() if s == a.stem}

@@ -40,8 +40,11 @@ class Shift(NamedTuple):
         tolerance: float = 3.0,  # pixels that are accepted as aligned
     ) -> bool:
         "Whether the pair is probably misaligned: far enough, a clear peak, and edges that agree better after moving."
-        return self.length > tolerance and self.strength > 6 and self.after > 1.05 * max(self.before, 0) + 0.005
+        return (
+            self.length > tolerance and self.strength > 6 and self.after > 1.05 * max(self.before, 0) + 0.005
+        )
 
+# %% ../../nbs/03_data/07_pair_check.ipynb #852d41c1
 def edges(
     luminance: np.ndarray,  # H×W, [0,1]
 ) -> np.ndarray:  # H×W, ≥ 0
@@ -61,13 +64,16 @@ def overlap(
     def part(n, d): return slice(max(0, d), n + min(0, d))
     return ir[part(h, rows), part(w, columns)], vis[part(h, -rows), part(w, -columns)]
 
+# %% ../../nbs/03_data/07_pair_check.ipynb #7d3a8674
 def _peak(a: np.ndarray, b: np.ndarray, reach: int) -> tuple[int, int, float]:
     "Rows, columns and strength of the highest point of the phase correlation within `reach`."
     taper = np.outer(np.hanning(a.shape[0]), np.hanning(a.shape[1]))
     spectra = [fft.rfft2((x - x.mean()) * taper) for x in (a, b)]
     cross = spectra[0] * np.conj(spectra[1])
     surface = fft.irfft2(cross / (np.sqrt(np.abs(cross)) + 1e-12), s=a.shape)
-    near = ndimage.gaussian_filter(np.roll(surface, (reach, reach), (0, 1))[:2 * reach + 1, :2 * reach + 1], 1)
+    near = ndimage.gaussian_filter(
+        np.roll(surface, (reach, reach), (0, 1))[: 2 * reach + 1, : 2 * reach + 1], 1
+    )
     rows, columns = np.unravel_index(near.argmax(), near.shape)
     spread = 1.4826 * np.median(np.abs(near - np.median(near)))
     return int(rows) - reach, int(columns) - reach, float((near.max() - np.median(near)) / max(spread, 1e-12))
@@ -83,7 +89,8 @@ def estimate_shift(
     a, b = edges(ir), edges(vis)
     reach = min(min(a.shape) // 2 - 1, max(8, min(a.shape) // 8) if reach is None else reach)
     rows, columns, strength = _peak(a, b, reach)
-    def alike(x, y): return float(np.corrcoef(x.ravel(), y.ravel())[0, 1]) if x.std() > 0 and y.std() > 0 else 0.0
+    def alike(x, y):
+        return float(np.corrcoef(x.ravel(), y.ravel())[0, 1]) if x.std() > 0 and y.std() > 0 else 0.0
     return Shift(rows, columns, strength, alike(a, b), alike(*overlap(a, b, rows, columns)))
 
 # %% ../../nbs/03_data/07_pair_check.ipynb #17e18889
@@ -111,20 +118,60 @@ class Finding(NamedTuple):
 
 WHITE, BLACK, FLAT = 0.05, 0.60, 0.01  # shares of the pixels; standard deviation of the luminance
 
+# %% ../../nbs/03_data/07_pair_check.ipynb #1d6f8cc7
 def _brightness(stem: str, side: str, x: np.ndarray) -> list[Finding]:
     "Blank and saturated images."
-    if x.std() < FLAT: return [Finding(stem, "blank", f"the {side} image is nearly blank (standard deviation {x.std():.4f}); was the lens covered?")]
+    if x.std() < FLAT:
+        return [
+            Finding(
+                stem, "blank",
+                f"the {side} image is nearly blank (standard deviation {x.std():.4f}); was the lens covered?",
+            )
+        ]
     white, black = float((x >= 1 - 1e-6).mean()), float((x <= 1e-6).mean())
-    found = [Finding(stem, "saturated", f"{white:.0%} of the {side} image is white; expose shorter, or widen the range")] if white > WHITE else []
-    return found + ([Finding(stem, "saturated", f"{black:.0%} of the {side} image is black; expose longer, or lower the range")] if black > BLACK else [])
+    found = (
+        [
+            Finding(
+                stem, "saturated",
+                f"{white:.0%} of the {side} image is white; expose shorter, or widen the range",
+            )
+        ]
+        if white > WHITE
+        else []
+    )
+    return found + (
+        [
+            Finding(
+                stem, "saturated",
+                f"{black:.0%} of the {side} image is black; expose longer, or lower the range",
+            )
+        ]
+        if black > BLACK
+        else []
+    )
 
+# %% ../../nbs/03_data/07_pair_check.ipynb #d5697996
 def _depth(stem: str, side: str, path: Path) -> list[Finding]:
     "Files whose depth promises more than their values hold."
     pixels = read_pixels(path)
     levels = len(np.unique(pixels.values))
     if pixels.full == 65535 and pixels.values.max() < 256:
-        return [Finding(stem, "depth", f"the {side} file has 16 bits but no value above {pixels.values.max()}; save it with 8 bits or scale it")]
-    return [Finding(stem, "depth", f"the {side} file has only {levels} levels; it was probably thresholded or quantised")] if levels < 16 else []
+        return [
+            Finding(
+                stem, "depth",
+                f"the {side} file has 16 bits but no value above {pixels.values.max()}; save it with 8 bits or scale it",
+            )
+        ]
+    return (
+        [
+            Finding(
+                stem, "depth",
+                f"the {side} file has only {levels} levels; it was probably thresholded or quantised",
+            )
+        ]
+        if levels < 16
+        else []
+    )
 
 # %% ../../nbs/03_data/07_pair_check.ipynb #e967ef8d
 def _one_pair(p: DataPair, tolerance: float) -> tuple[list[Finding], tuple | None]:
@@ -134,18 +181,34 @@ def _one_pair(p: DataPair, tolerance: float) -> tuple[list[Finding], tuple | Non
     found = [*_brightness(p.stem, "infrared", ir), *_brightness(p.stem, "visible", vis)]
     if isinstance(p.source, Files) and not isinstance(p.source, Packed):
         found += [*_depth(p.stem, "infrared", p.source.ir), *_depth(p.stem, "visible", p.source.vis)]
-    marks = [hashlib.sha256(repr(x.shape).encode() + np.rint(x * 65535).astype(np.uint16).tobytes()).digest() for x in (ir, vis)]
-    if marks[0] == marks[1]: found.append(Finding(p.stem, "identical", "both sides show the same image; was one folder given twice?"))
+    marks = [
+        hashlib.sha256(repr(x.shape).encode() + np.rint(x * 65535).astype(np.uint16).tobytes()).digest()
+        for x in (ir, vis)
+    ]
+    if marks[0] == marks[1]:
+        found.append(
+            Finding(p.stem, "identical", "both sides show the same image; was one folder given twice?")
+        )
     elif not any(f.fault == "blank" for f in found):
         shift = estimate_shift(ir=ir, vis=vis)
         if shift.likely(tolerance):
-            found.append(Finding(p.stem, "shift", f"the infrared seems to lie {abs(shift.rows)} pixels {'lower' if shift.rows > 0 else 'higher'} and {abs(shift.columns)} further "
-                                 f"{'right' if shift.columns > 0 else 'left'} (edges agree {shift.before:.2f}, after moving {shift.after:.2f}); register the pair"))
+            found.append(
+                Finding(
+                    p.stem,
+                    "shift",
+                    f"the infrared seems to lie {abs(shift.rows)} pixels {'lower' if shift.rows > 0 else 'higher'} and {abs(shift.columns)} further "
+                    f"{'right' if shift.columns > 0 else 'left'} (edges agree {shift.before:.2f}, after moving {shift.after:.2f}); register the pair",
+                )
+            )
     return found, (*marks, _thumbnail(ir), _thumbnail(vis))
 
+# %% ../../nbs/03_data/07_pair_check.ipynb #7022c495
 def _thumbnail(x: np.ndarray, side: int = 16) -> np.ndarray:
     "A tiny version of mean 0 and norm 1."
-    small = ndimage.zoom(ndimage.uniform_filter(x, [n / side for n in x.shape]), [side / n for n in x.shape], order=1, grid_mode=True, mode="nearest")
+    small = ndimage.zoom(
+        ndimage.uniform_filter(x, [n / side for n in x.shape]), [side / n for n in x.shape], order=1,
+        grid_mode=True, mode="nearest",
+    )
     small = small - small.mean()
     return (small / max(float(np.linalg.norm(small)), 1e-9)).ravel()
 
@@ -158,13 +221,24 @@ def _repeats(marks: dict[str, tuple]) -> list[Finding]:
     for stem in stems:
         for k, side in enumerate(("infrared", "visible")):
             other = first[k].setdefault(marks[stem][k], stem)
-            if other != stem: found.append(Finding(stem, "duplicate", f"the {side} image is that of {other}; remove one, or check how the files were named"))
+            if other != stem:
+                found.append(
+                    Finding(
+                        stem, "duplicate",
+                        f"the {side} image is that of {other}; remove one, or check how the files were named",
+                    )
+                )
     known = {f.stem for f in found}
     small = [np.array([marks[s][k] for s in stems]) for k in (2, 3)]
     for j, stem in enumerate(stems):
         near = np.minimum(*(x[:j] @ x[j] for x in small)) if j else np.empty(0)
         if near.size and near.max() > ALIKE and stem not in known:
-            found.append(Finding(stem, "duplicate", f"nearly repeats {stems[int(near.argmax())]} on both sides; keep them in one split"))
+            found.append(
+                Finding(
+                    stem, "duplicate",
+                    f"nearly repeats {stems[int(near.argmax())]} on both sides; keep them in one split",
+                )
+            )
     return found
 
 # %% ../../nbs/03_data/07_pair_check.ipynb #f41be88b
@@ -178,7 +252,10 @@ class CheckReport:
         "The report for people."
         faults = sorted({f.fault for f in self.findings})
         counts = ", ".join(f"{fault} {sum(f.fault == fault for f in self.findings)}" for fault in faults)
-        return [*(f"{f.stem}: {f.fault}: {f.text}" for f in self.findings), f"{self.pairs} pairs checked, {counts or 'nothing found'}"]
+        return [
+            *(f"{f.stem}: {f.fault}: {f.text}" for f in self.findings),
+            f"{self.pairs} pairs checked, {counts or 'nothing found'}",
+        ]
 
 # %% ../../nbs/03_data/07_pair_check.ipynb #967a5b69
 def check_pairs(
@@ -189,7 +266,10 @@ def check_pairs(
     progress: bool = True,  # show a bar
 ) -> CheckReport:
     "Look for faults in pairs: their files, brightness, repetition and alignment."
-    report, marks = CheckReport(len(pairs), [Finding(stem, "partner", text) for stem, text in pairs.problems.items()]), {}
+    report, marks = (
+        CheckReport(len(pairs), [Finding(stem, "partner", text) for stem, text in pairs.problems.items()]),
+        {},
+    )
     for p in tqdm(pairs, desc="check pairs", unit="pair", disable=not progress):
         found, mark = _one_pair(p, tolerance)
         report.findings += found
@@ -198,6 +278,7 @@ def check_pairs(
     report.findings += _repeats(marks)
     return report
 
+# %% ../../nbs/03_data/07_pair_check.ipynb #e194c994
 def _picture(p: DataPair, folder: Path) -> None:
     from matplotlib.figure import Figure
 

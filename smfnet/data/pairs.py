@@ -40,6 +40,7 @@ class Content(NamedTuple):
         "Memory that the arrays take."
         return sum(a.nbytes for a in (self.ir, self.vis, *(self.chroma or ())))
 
+# %% ../../nbs/03_data/06_pairs.ipynb #7f6929f3
 class Boxes(NamedTuple):
     "Objects of one pair."
     boxes: np.ndarray  # N×4 float32, x0 y0 x1 y1, pixels
@@ -65,7 +66,8 @@ class PixelCache:
         else:
             self.kept[key] = content = read()
             self.used += content.bytes
-            while self.used > self.limit and len(self.kept) > 1: self.used -= self.kept.popitem(last=False)[1].bytes
+            while self.used > self.limit and len(self.kept) > 1:
+                self.used -= self.kept.popitem(last=False)[1].bytes
         return self.kept[key]
 
     def __getstate__(self) -> dict: return {"limit": self.limit, "used": 0, "kept": OrderedDict()}
@@ -100,23 +102,34 @@ def _channels(path: Path) -> np.ndarray:
     try:
         with Image.open(path, formats=("PNG",)) as im:
             if im.mode != "RGBA" or "16" in str(im.tile[0][3]):
-                raise InputError(f"{path}: is stored as {im.mode}; expected four 8-bit channels (red, green, blue, infrared)")
+                raise InputError(
+                    f"{path}: is stored as {im.mode}; expected four 8-bit channels (red, green, blue, infrared)"
+                )
             return np.asarray(im)
-    except (InputError, MemoryError): raise
+    except (InputError, MemoryError):
+        raise
     except Exception as e:
         raise InputError(f"{path}: damaged or no PNG ({e}); copy the file again") from e
 
+# %% ../../nbs/03_data/06_pairs.ipynb #cf198f6b
 @dataclass(frozen=True)
 class Packed(Files):
     "A pair in one PNG of four channels; `ir` and `vis` name the same file."
     def read(self) -> Content:
         "Decode the image and take it apart."
         four = _channels(self.vis)
-        if min(four.shape[:2]) < MIN_SIDE: raise InputError(f"{self.vis}: {four.shape[1]}×{four.shape[0]} pixels is too small; both sides need at least {MIN_SIDE}")
+        if min(four.shape[:2]) < MIN_SIDE:
+            raise InputError(
+                f"{self.vis}: {four.shape[1]}×{four.shape[0]} pixels is too small; both sides need at least {MIN_SIDE}"
+            )
         for side, part in (("infrared channel", four[..., 3]), ("colour", four[..., :3])):
-            if part.min() == part.max(): raise InputError(f"{self.vis}: every pixel of the {side} has the same value; replace the file")
+            if part.min() == part.max():
+                raise InputError(
+                    f"{self.vis}: every pixel of the {side} has the same value; replace the file"
+                )
         return _from_bytes(four[..., 3], four[..., :3])
 
+# %% ../../nbs/03_data/06_pairs.ipynb #9090acb1
 def _from_bytes(ir: np.ndarray, rgb: np.ndarray) -> Content:
     y, cb, cr = (plane / np.float32(255) for plane in rgb_to_ycbcr(rgb))
     return Content(ir.astype(np.float32) / np.float32(255), np.clip(y, 0, 1), (cb, cr))
@@ -152,26 +165,39 @@ def read_mask(
 ) -> np.ndarray:  # H×W uint8
     "Class numbers of a mask; `InputError` for an image in colour or an undeclared class."
     try:
-        with Image.open(path) as im: mode, values = im.mode, np.asarray(im)
-    except FileNotFoundError as e: raise InputError(f"{path}: no such mask; add it or remove the folder of masks") from e
-    except Exception as e: raise InputError(f"{path}: damaged mask ({e}); copy the file again") from e
-    if values.ndim != 2 or mode not in ("L", "P", "I", "I;16", "1"): raise InputError(f"{path}: is stored as {mode}; a mask has one channel of class numbers")
+        with Image.open(path) as im:
+            mode, values = im.mode, np.asarray(im)
+    except FileNotFoundError as e:
+        raise InputError(f"{path}: no such mask; add it or remove the folder of masks") from e
+    except Exception as e:
+        raise InputError(f"{path}: damaged mask ({e}); copy the file again") from e
+    if values.ndim != 2 or mode not in ("L", "P", "I", "I;16", "1"):
+        raise InputError(f"{path}: is stored as {mode}; a mask has one channel of class numbers")
     known = (values >= 0) & (values < len(classes)) | (values == 255)
-    if not known.all(): raise InputError(f"{path}: class {values[~known].max()} is not one of the {len(classes)} declared classes")
+    if not known.all():
+        raise InputError(
+            f"{path}: class {values[~known].max()} is not one of the {len(classes)} declared classes"
+        )
     return values.astype(np.uint8)
 
 # %% ../../nbs/03_data/06_pairs.ipynb #a2bcd685
 def _voc(path: Path) -> list[tuple[str, list[float]]]:
     "Names and corners of the objects of a VOC file."
     text = path.read_bytes()
-    if len(text) > 1 << 22 or b"<!DOCTYPE" in text or b"<!ENTITY" in text: raise ValueError("is no plain annotation")
+    if len(text) > 1 << 22 or b"<!DOCTYPE" in text or b"<!ENTITY" in text:
+        raise ValueError("is no plain annotation")
     corners = ("xmin", "ymin", "xmax", "ymax")
-    return [(o.findtext("name", "").strip(), [float(o.find("bndbox").findtext(c)) for c in corners]) for o in ElementTree.fromstring(text).iter("object")]
+    return [
+        (o.findtext("name", "").strip(), [float(o.find("bndbox").findtext(c)) for c in corners])
+        for o in ElementTree.fromstring(text).iter("object")
+    ]
 
+# %% ../../nbs/03_data/06_pairs.ipynb #7ce16f0f
 def _scene_boxes(path: Path) -> list[tuple[str, list[float]]]:
     stored = json.loads(path.read_text(encoding="utf-8"))
     return list(zip(stored["labels"], stored["boxes"], strict=True))
 
+# %% ../../nbs/03_data/06_pairs.ipynb #1e4f21aa
 def read_boxes(
     path: str | Path,  # .xml (VOC) or .json (`write_scenes`)
     *,
@@ -179,12 +205,18 @@ def read_boxes(
 ) -> Boxes:
     "Objects of an annotation file, corners as they are written; `InputError` for damage, an unknown class or an empty box."
     path, numbers = Path(path), {c.casefold(): i for i, c in enumerate(classes)}
-    try: found = (_voc if path.suffix.lower() == ".xml" else _scene_boxes)(path)
-    except Exception as e: raise InputError(f"{path}: not a readable annotation ({e}); copy the file again") from e
+    try:
+        found = (_voc if path.suffix.lower() == ".xml" else _scene_boxes)(path)
+    except Exception as e:
+        raise InputError(f"{path}: not a readable annotation ({e}); copy the file again") from e
     boxes = np.array([b for _, b in found], np.float32).reshape(-1, 4)
     for (name, _), (x0, y0, x1, y1) in zip(found, boxes):
-        if name.casefold() not in numbers: raise InputError(f"{path}: class {name!r} is not one of {', '.join(classes)}")
-        if not (0 <= x0 < x1 and 0 <= y0 < y1): raise InputError(f"{path}: box {x0:g} {y0:g} {x1:g} {y1:g} of {name} is empty or outside the image")
+        if name.casefold() not in numbers:
+            raise InputError(f"{path}: class {name!r} is not one of {', '.join(classes)}")
+        if not (0 <= x0 < x1 and 0 <= y0 < y1):
+            raise InputError(
+                f"{path}: box {x0:g} {y0:g} {x1:g} {y1:g} of {name} is empty or outside the image"
+            )
     return Boxes(boxes, np.array([numbers[n.casefold()] for n, _ in found], np.int64), tuple(classes))
 
 # %% ../../nbs/03_data/06_pairs.ipynb #1ffe635a
@@ -193,7 +225,9 @@ class DataPair:
     "One pair of a set; images are decoded when they are asked for."
     stem: str  # name of the files
     source: Files | Rendered  # where the pixels come from
-    cache: PixelCache = field(default_factory=lambda: PixelCache(0), repr=False)  # shared by the pairs of a set
+    cache: PixelCache = field(
+        default_factory=lambda: PixelCache(0), repr=False
+    )  # shared by the pairs of a set
 
     @property
     def content(self) -> Content:
@@ -220,7 +254,9 @@ class DataPair:
         "Class of each pixel, H×W uint8, or None; `InputError` if its size is not that of the images."
         mask = self.source.read_mask()
         if mask is not None and mask.shape != self.ir.shape:
-            raise InputError(f"{self.source.mask}: {mask.shape[1]}×{mask.shape[0]} pixels, but its images have {self.ir.shape[1]}×{self.ir.shape[0]}")
+            raise InputError(
+                f"{self.source.mask}: {mask.shape[1]}×{mask.shape[0]} pixels, but its images have {self.ir.shape[1]}×{self.ir.shape[0]}"
+            )
         return mask
 
     @property
@@ -247,7 +283,8 @@ class PairSet(Sequence):
 
     def __len__(self) -> int: return len(self.pairs)
     def __getitem__(self, i): return self.pairs[i]
-    def __repr__(self) -> str: return f"PairSet({' '.join(filter(None, (self.name, self.split)))}, {len(self)} pairs)"
+    def __repr__(self) -> str:
+        return f"PairSet({' '.join(filter(None, (self.name, self.split)))}, {len(self)} pairs)"
 
     @property
     def stems(self) -> list[str]:
@@ -260,31 +297,56 @@ class PairSet(Sequence):
     ) -> DataPair:
         "A pair by its name; `InputError` if it is not in the set."
         found = next((p for p in self.pairs if p.stem == stem), None)
-        if found is None: raise InputError(f"{self!r} has no pair {stem!r}; see its .stems")
+        if found is None:
+            raise InputError(f"{self!r} has no pair {stem!r}; see its .stems")
         return found
 
 # %% ../../nbs/03_data/06_pairs.ipynb #9d65efbe
 def _absent(d: DataSet, s: Split, root) -> InputError:
     places = " or ".join(str(r) for r in data_roots(root))
-    help_ = f"run: smfnet data get {d.name}" if d.access == "direct" and s.proven else d.guide or f"see {d.home[0]}"
+    help_ = (
+        f"run: smfnet data get {d.name}"
+        if d.access == "direct" and s.proven
+        else d.guide or f"see {d.home[0]}"
+    )
     return InputError(f"{d.name} {s.name}: no folder {s.folder} in {places}; {help_}")
 
+# %% ../../nbs/03_data/06_pairs.ipynb #c52841f4
 def _proven(d: DataSet, s: Split, place: Path) -> Pairs:
     "The pairs of the registry; files that are absent or have another length are problems."
     result = Pairs()
     for pair in s.pairs:
-        bad = [f for f in (pair.ir, pair.vis) if not (place / f.path).is_file() or (place / f.path).stat().st_size != f.bytes]
-        if bad: result.problems[pair.stem] = f"{place / bad[0].path}: missing or of another length than the registry says; run: smfnet data verify {d.name}"
-        else: result.pairs.append((pair.stem, Files(place / pair.ir.path, place / pair.vis.path)))
+        bad = [
+            f
+            for f in (pair.ir, pair.vis)
+            if not (place / f.path).is_file() or (place / f.path).stat().st_size != f.bytes
+        ]
+        if bad:
+            result.problems[pair.stem] = (
+                f"{place / bad[0].path}: missing or of another length than the registry says; run: smfnet data verify {d.name}"
+            )
+        else:
+            result.pairs.append((pair.stem, Files(place / pair.ir.path, place / pair.vis.path)))
     return result
 
+# %% ../../nbs/03_data/06_pairs.ipynb #3de02d9c
 def _listed(folder: Path, s: Split) -> Pairs:
     "Pairs of a list file in a folder of four-channel images."
-    result, images = Pairs(), list_images(folder / s.extra["packed"]) if (folder / s.extra["packed"]).is_dir() else {}
+    result, images = (
+        Pairs(),
+        list_images(folder / s.extra["packed"]) if (folder / s.extra["packed"]).is_dir() else {},
+    )
     masks = folder / s.extra["masks"]["folder"]
     for stem in (folder / s.extra["list"]).read_text(encoding="utf-8").split():
         if stem in images and len(images[stem]) == 1:
-            result.pairs.append((stem, Packed(images[stem][0], images[stem][0], masks / f"{stem}.png" if masks.is_dir() else None)))
+            result.pairs.append(
+                (
+                    stem,
+                    Packed(
+                        images[stem][0], images[stem][0], masks / f"{stem}.png" if masks.is_dir() else None
+                    ),
+                )
+            )
         elif stem in images: result.problems[stem] = f"{images[stem][0]}: same name twice; keep one of them"
         elif not stem.endswith("_flip"): result.problems[stem] = f"{folder / s.extra['list']}: names {stem}, but {s.extra['packed']} has no such file"
     return result
@@ -294,44 +356,72 @@ def _with_extras(found: Pairs, folder: Path, *, masks: str = "masks", boxes: str
     "Files with the masks and annotations that lie beside them."
     result = Pairs(problems=dict(found.problems))
     for p in found:
-        mask = next((m for m in (folder / masks / f"{p.stem}{e}" for e in (".png", ".PNG")) if m.is_file()), None)
-        objects = next((b for b in (folder / boxes / f"{p.stem}{e}" for e in (".xml", ".json")) if b.is_file()), None)
-        if mask is None and (folder / masks).is_dir(): result.problems[p.stem] = f"{folder / masks}: no mask {p.stem}.png; add it or move the pair away"
-        elif objects is None and (folder / boxes).is_dir(): result.problems[p.stem] = f"{folder / boxes}: no annotation for {p.stem}; add it or move the pair away"
-        else: result.pairs.append((p.stem, Files(p.ir, p.vis, mask, objects, **classes)))
+        mask = next(
+            (m for m in (folder / masks / f"{p.stem}{e}" for e in (".png", ".PNG")) if m.is_file()), None
+        )
+        objects = next(
+            (b for b in (folder / boxes / f"{p.stem}{e}" for e in (".xml", ".json")) if b.is_file()), None
+        )
+        if mask is None and (folder / masks).is_dir():
+            result.problems[p.stem] = f"{folder / masks}: no mask {p.stem}.png; add it or move the pair away"
+        elif objects is None and (folder / boxes).is_dir():
+            result.problems[p.stem] = (
+                f"{folder / boxes}: no annotation for {p.stem}; add it or move the pair away"
+            )
+        else:
+            result.pairs.append((p.stem, Files(p.ir, p.vis, mask, objects, **classes)))
     return result
 
+# %% ../../nbs/03_data/06_pairs.ipynb #d6a43dd1
 def _stated(d: DataSet, s: Split, folder: Path) -> Pairs:
     "Pairs of a split whose stems are not proven: what the folders hold."
     if "list" in s.extra: return _listed(folder, s)
     masks, boxes = s.extra.get("masks", {}), s.extra.get("boxes", {})
     classes = {k: tuple(v["classes"]) for k, v in (("mask_classes", masks), ("box_classes", boxes)) if v}
     found = find_pairs(ir=folder / d.sides["ir"], vis=folder / d.sides["vis"])
-    return _with_extras(found, folder, masks=masks.get("folder", "masks"), boxes=boxes.get("folder", "boxes"), **classes)
+    return _with_extras(
+        found, folder, masks=masks.get("folder", "masks"), boxes=boxes.get("folder", "boxes"), **classes
+    )
 
 # %% ../../nbs/03_data/06_pairs.ipynb #0c640dab
 def _scenes(s: Split) -> Pairs:
     first, size = s.extra["seed"] * 10**6, tuple(s.extra["size"])
-    return Pairs([(f"scene_{i:04d}_{KINDS[(first + i) % len(KINDS)]}", Rendered(first + i, size)) for i in range(s.count)])
+    return Pairs(
+        [
+            (f"scene_{i:04d}_{KINDS[(first + i) % len(KINDS)]}", Rendered(first + i, size))
+            for i in range(s.count)
+        ]
+    )
 
+# %% ../../nbs/03_data/06_pairs.ipynb #8abf61ed
 def _registered(d: DataSet, s: Split, root) -> tuple[Pairs, list[str]]:
     "Pairs of a split of the registry, and notes."
     if d.access == "rendered": return _scenes(s), []
     place = locate(s, root=root)
-    if place is None: raise _absent(d, s, root)
+    if place is None:
+        raise _absent(d, s, root)
     if s.proven: return _proven(d, s, place), []
     found = _stated(d, s, place / s.folder)
-    notes = [f"{d.name} {s.name}: the stems of this split are not proven; it is what {place / s.folder} holds"]
-    if s.count not in (None, len(found)): notes.append(f"{d.name} {s.name}: {len(found)} pairs, but {s.counted_by} counts {s.count}")
+    notes = [
+        f"{d.name} {s.name}: the stems of this split are not proven; it is what {place / s.folder} holds"
+    ]
+    if s.count not in (None, len(found)):
+        notes.append(f"{d.name} {s.name}: {len(found)} pairs, but {s.counted_by} counts {s.count}")
     return found, notes
 
+# %% ../../nbs/03_data/06_pairs.ipynb #3d3bcd16
 def _own(name, ir, vis, root) -> tuple[Pairs, Path]:
     "Pairs of a user's own folders."
-    if name is not None and (ir or vis): raise InputError("give either the name of a set or folder, or ir= and vis=")
-    if name is None and not (ir and vis): raise InputError("give the name of a set, a folder that holds ir/ and vi/, or ir= and vis=")
+    if name is not None and (ir or vis):
+        raise InputError("give either the name of a set or folder, or ir= and vis=")
+    if name is None and not (ir and vis):
+        raise InputError("give the name of a set, a folder that holds ir/ and vi/, or ir= and vis=")
     folder = Path(name if name is not None else ir).expanduser()
-    return _with_extras(find_pairs(ir=ir or folder, vis=vis or folder), folder if name is not None else folder.parent), folder
+    return _with_extras(
+        find_pairs(ir=ir or folder, vis=vis or folder), folder if name is not None else folder.parent
+    ), folder
 
+# %% ../../nbs/03_data/06_pairs.ipynb #ce300088
 def _is_folder(name) -> bool:
     "Whether a name means a folder: a path object, or text that is no known set but an existing folder."
     if isinstance(name, Path): return True
@@ -354,15 +444,25 @@ def get_pairs(
 ) -> PairSet:  # sorted by stem
     "The pairs of a set or of your own folders, read lazily; `InputError` names what is missing, doubled or lonely."
     if name is None or _is_folder(name):
-        if split is not None: raise InputError(f"split: {split!r} belongs to sets of the registry; for a folder name the folder of the split")
+        if split is not None:
+            raise InputError(
+                f"split: {split!r} belongs to sets of the registry; for a folder name the folder of the split"
+            )
         (found, folder), notes, label = _own(name, ir, vis, root), [], None
         label = str(folder)
     else:
-        if ir or vis: raise InputError("give either the name of a set or folder, or ir= and vis=")
-        d = find_set(name); s = d.split(split); label, split = d.name, s.name
+        if ir or vis:
+            raise InputError("give either the name of a set or folder, or ir= and vis=")
+        d = find_set(name)
+        s = d.split(split)
+        label, split = d.name, s.name
         found, notes = _registered(d, s, root)
-    if strict and found.problems: raise InputError(_problems(label, found.problems))
-    return PairSet(_without(found, label, leave_out), name=label, split=split or "", notes=notes, problems=found.problems, memory=memory)
+    if strict and found.problems:
+        raise InputError(_problems(label, found.problems))
+    return PairSet(
+        _without(found, label, leave_out), name=label, split=split or "", notes=notes,
+        problems=found.problems, memory=memory,
+    )
 
 # %% ../../nbs/03_data/06_pairs.ipynb #5bdd84b2
 def _problems(label: str, problems: dict[str, str], show: int = 5) -> str:
@@ -371,9 +471,11 @@ def _problems(label: str, problems: dict[str, str], show: int = 5) -> str:
 
 def _without(found: Pairs, label: str, leave_out: Iterable[str]) -> list:
     out = set(leave_out)
-    if absent := out - {p[0] for p in found}: raise InputError(f"{label}: cannot leave out {', '.join(sorted(absent)[:5])}: no such pair")
+    if absent := out - {p[0] for p in found}:
+        raise InputError(f"{label}: cannot leave out {', '.join(sorted(absent)[:5])}: no such pair")
     chosen = [p for p in found if p[0] not in out]
-    if not chosen: raise InputError(f"{label}: no pair is left; check the folder and `leave_out`")
+    if not chosen:
+        raise InputError(f"{label}: no pair is left; check the folder and `leave_out`")
     return chosen
 
 # %% ../../nbs/03_data/06_pairs.ipynb #f2f8066c
@@ -406,8 +508,14 @@ class EpochBatches(Sampler):
         share: tuple[int, int] = (0, 1),  # (process, number of processes)
     ):
         rank, world = share
-        if not 1 <= size <= len(patches): raise InputError(f"batch: {size} pairs, but the data has {len(patches)} patches; choose a batch between 1 and that")
-        if size % world or not 0 <= rank < world: raise InputError(f"batch: {size} pairs for process {rank} of {world}; choose a multiple of {world} and a process below it")
+        if not 1 <= size <= len(patches):
+            raise InputError(
+                f"batch: {size} pairs, but the data has {len(patches)} patches; choose a batch between 1 and that"
+            )
+        if size % world or not 0 <= rank < world:
+            raise InputError(
+                f"batch: {size} pairs for process {rank} of {world}; choose a multiple of {world} and a process below it"
+            )
         self.patches, self.size, self.share = patches, size, share
         self.set_epoch(0)
 
@@ -438,8 +546,10 @@ def patch_loader(
     **options,  # of DataLoader, e.g. pin_memory or multiprocessing_context
 ) -> DataLoader:  # its batch_sampler is an `EpochBatches`: call set_epoch before each epoch
     "A loader of patches in an order that depends on nothing but seed and epoch."
-    return DataLoader(PatchData(patches), batch_sampler=EpochBatches(patches, size, share=share), num_workers=workers,
-                      persistent_workers=workers > 0, **options)
+    return DataLoader(
+        PatchData(patches), batch_sampler=EpochBatches(patches, size, share=share), num_workers=workers,
+        persistent_workers=workers > 0, **options,
+    )
 
 # %% ../../nbs/03_data/06_pairs.ipynb #e82db11b
 def statistics(
@@ -449,12 +559,16 @@ def statistics(
     rows = [_numbers(p) for p in pairs]
     return {key: [r[key] for r in rows] for key in rows[0]} if rows else {}
 
+# %% ../../nbs/03_data/06_pairs.ipynb #0dbb1e35
 def _numbers(p: DataPair) -> dict:
     ir, vis, chroma, _ = p.content
     flat = ir.std() == 0 or vis.std() == 0
-    return {"stem": p.stem, "width": ir.shape[1], "height": ir.shape[0], "ir_mean": float(ir.mean()), "ir_std": float(ir.std()),
-            "vis_mean": float(vis.mean()), "vis_std": float(vis.std()), "correlation": 0.0 if flat else float(np.corrcoef(ir.ravel(), vis.ravel())[0, 1]),
-            "colour": chroma is not None}
+    return {
+        "stem": p.stem, "width": ir.shape[1], "height": ir.shape[0], "ir_mean": float(ir.mean()),
+        "ir_std": float(ir.std()), "vis_mean": float(vis.mean()), "vis_std": float(vis.std()),
+        "correlation": 0.0 if flat else float(np.corrcoef(ir.ravel(), vis.ravel())[0, 1]),
+        "colour": chroma is not None,
+    }
 
 # %% ../../nbs/03_data/06_pairs.ipynb #612608a8
 def spread(

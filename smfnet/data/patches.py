@@ -28,6 +28,7 @@ class LoadedPair:
     ir: np.ndarray  # H×W float32, [0,1]
     vis: np.ndarray  # H×W float32, [0,1]
 
+# %% ../../nbs/03_data/03_patches.ipynb #6a8b4cf6
 def load_pairs(
     root: str | Path,  # folder that holds `ir/` and `vi/` (or vis, visible)
     *,
@@ -36,13 +37,17 @@ def load_pairs(
 ) -> list[LoadedPair]:  # sorted by stem
     "Read all pairs below a folder as luminance; any damaged or lonely file is an `InputError`."
     found, leave_out = find_pairs(ir=root, vis=root), set(leave_out)
-    if found.problems: raise InputError("; ".join(list(found.problems.values())[:5]))
+    if found.problems:
+        raise InputError("; ".join(list(found.problems.values())[:5]))
     absent = leave_out - {p.stem for p in found}
-    if absent: raise InputError(f"{root}: cannot leave out {', '.join(sorted(absent)[:5])}: no such pair")
+    if absent:
+        raise InputError(f"{root}: cannot leave out {', '.join(sorted(absent)[:5])}: no such pair")
     chosen = [p for p in found if p.stem not in leave_out]
-    if not chosen: raise InputError(f"{root}: no pair is left; check the folder and `leave_out`")
+    if not chosen:
+        raise InputError(f"{root}: no pair is left; check the folder and `leave_out`")
     return [_load(p) for p in tqdm(chosen, desc="read pairs", disable=not progress)]
 
+# %% ../../nbs/03_data/03_patches.ipynb #e4d6c0aa
 def _load(p: Pair) -> LoadedPair:
     ir, vis = read_pair(ir=p.ir, vis=p.vis)
     return LoadedPair(p.stem, ir.luminance, vis.luminance)
@@ -58,6 +63,7 @@ def contrast(
     low, high = np.percentile(patch, (10, 90))
     return float((high - low) / high) if high > 0 else 0.0
 
+# %% ../../nbs/03_data/03_patches.ipynb #863ee29a
 def grid(
     height: int,  # pixels
     width: int,  # pixels
@@ -82,14 +88,24 @@ class PatchSet:
         gain: float = 0.0,  # below 1: darken each modality at random, by at most this share
         seed: int = 0,  # of the order, the flips and the gains
     ):
-        if not 0 <= gain < 1: raise InputError(f"gain: {gain!r}; give a number from 0 to below 1")
+        if not 0 <= gain < 1:
+            raise InputError(f"gain: {gain!r}; give a number from 0 to below 1")
         self.pairs, self.patch, self.flips, self.gain, self.seed = list(pairs), patch, flips, gain, seed
         for p in self.pairs:
             if min(p.ir.shape) < patch:
-                raise InputError(f"{p.stem}: {p.ir.shape[1]}×{p.ir.shape[0]} is smaller than a {patch}×{patch} patch; choose a smaller patch")
-        self.items = [(i, y, x) for i, p in enumerate(self.pairs) for y, x in grid(*p.ir.shape, patch=patch, stride=stride)
-                      if min(contrast(a[y:y + patch, x:x + patch]) for a in (p.ir, p.vis)) >= min_contrast]
-        if not self.items: raise InputError(f"all patches are flatter than min_contrast={min_contrast}; lower it or check the images")
+                raise InputError(
+                    f"{p.stem}: {p.ir.shape[1]}×{p.ir.shape[0]} is smaller than a {patch}×{patch} patch; choose a smaller patch"
+                )
+        self.items = [
+            (i, y, x)
+            for i, p in enumerate(self.pairs)
+            for y, x in grid(*p.ir.shape, patch=patch, stride=stride)
+            if min(contrast(a[y : y + patch, x : x + patch]) for a in (p.ir, p.vis)) >= min_contrast
+        ]
+        if not self.items:
+            raise InputError(
+                f"all patches are flatter than min_contrast={min_contrast}; lower it or check the images"
+            )
 
     def __len__(self) -> int: return len(self.items)
 
@@ -107,12 +123,16 @@ class PatchSet:
         "One pair of patches, mirrored and darkened as (seed, epoch, index) says."
         epoch, index = map(int, key)
         i, y, x = self.items[index]
-        pair = np.stack([a[y:y + self.patch, x:x + self.patch] for a in (self.pairs[i].ir, self.pairs[i].vis)])
+        pair = np.stack(
+            [a[y : y + self.patch, x : x + self.patch] for a in (self.pairs[i].ir, self.pairs[i].vis)]
+        )
         if self.flips:
             up, left = np.random.Generator(np.random.PCG64([self.seed, epoch, index, 1])).integers(0, 2, 2)
             pair = pair[:, ::1 - 2 * up, ::1 - 2 * left]
         if self.gain:
-            factors = np.random.Generator(np.random.PCG64([self.seed, epoch, index, 2])).uniform(1 - self.gain, 1, (2, 1, 1))
+            factors = np.random.Generator(np.random.PCG64([self.seed, epoch, index, 2])).uniform(
+                1 - self.gain, 1, (2, 1, 1)
+            )
             pair = pair * factors.astype(np.float32)
         return pair
 
@@ -134,14 +154,27 @@ class PatchSet:
         share: tuple[int, int] = (0, 1),  # (process, number of processes): which part of every batch to give
     ) -> Iterator[dict[str, Tensor]]:  # batches of `ir` and `vis`
         "The batches of one epoch from any position, or one process's share of each."
-        if size > len(self): raise InputError(f"batch: {size} pairs, but the data has only {len(self)} patches; choose a smaller batch")
+        if size > len(self):
+            raise InputError(
+                f"batch: {size} pairs, but the data has only {len(self)} patches; choose a smaller batch"
+            )
         rank, world = share
-        if size % world: raise InputError(f"batch: {size} pairs cannot be shared evenly by {world} processes; choose a multiple of {world}")
+        if size % world:
+            raise InputError(
+                f"batch: {size} pairs cannot be shared evenly by {world} processes; choose a multiple of {world}"
+            )
         order, part = self.order(epoch), size // world
-        for first in range(start * size + rank * part, len(order) // size * size, size): yield self.batch(epoch, order[first:first + part])
+        for first in range(start * size + rank * part, len(order) // size * size, size):
+            yield self.batch(epoch, order[first : first + part])
 
     def fingerprint(self) -> str:  # hexadecimal sha256
         "A checksum of pixels, patch positions and settings: runs may only be continued on equal data."
-        h = hashlib.sha256(repr((self.items, self.patch, self.flips, *([self.gain] if self.gain else []), self.seed)).encode())
-        for p in self.pairs: h.update(p.ir.tobytes()); h.update(p.vis.tobytes())
+        h = hashlib.sha256(
+            repr(
+                (self.items, self.patch, self.flips, *([self.gain] if self.gain else []), self.seed)
+            ).encode()
+        )
+        for p in self.pairs:
+            h.update(p.ir.tobytes())
+            h.update(p.vis.tobytes())
         return h.hexdigest()

@@ -21,7 +21,11 @@ from ..core.provenance import atomic_path
 KINDS = ("CT", "PET", "SPECT")
 TISSUES = ("air", "skin", "skull", "fluid", "grey matter", "white matter", "ventricle", "nucleus", "lesion")
 MRI = {"T1": (0, .82, .07, .14, .46, .68, .12, .52, .34), "T2": (0, .5, .06, .9, .62, .42, .95, .44, .8)}
-OTHER = {"CT": (0, .34, 1, .24, .36, .31, .2, .38, .5), "PET": (0, .1, .04, .08, .72, .34, .05, .8, 0), "SPECT": (0, .06, .02, .05, .66, .26, .03, .74, 0)}
+OTHER = {
+    "CT": (0, 0.34, 1, 0.24, 0.36, 0.31, 0.2, 0.38, 0.5),
+    "PET": (0, 0.1, 0.04, 0.08, 0.72, 0.34, 0.05, 0.8, 0),
+    "SPECT": (0, 0.06, 0.02, 0.05, 0.66, 0.26, 0.03, 0.74, 0),
+}
 BLUR = {"CT": 0.6, "PET": 2.2, "SPECT": 3.2}  # resolution: standard deviation, pixels of a slice of 256
 COLOURS = {
     "PET": ((0, 0, 0), (.1, 0, .55), (0, .45, .9), (0, .75, .3), (.95, .9, 0), (.95, .2, 0), (1, 1, 1)),
@@ -44,6 +48,7 @@ def _plane(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     y, x = np.mgrid[:h, :w]
     return (2 * x + 1 - w) / min(h, w), (2 * y + 1 - h) / min(h, w)
 
+# %% ../../nbs/03_data/09_phantom.ipynb #a9b24368
 def ellipse(
     plane: tuple[np.ndarray, np.ndarray],  # x and y of the pixels, H×W
     centre: tuple[float, float],  # x, y
@@ -65,30 +70,46 @@ def _stream(seed: int, purpose: int) -> np.random.Generator:
 def _folds(rng, swings: tuple[int, ...], depth: float):
     return tuple((n, depth * rng.uniform(0.5, 1), rng.uniform(0, 2 * np.pi)) for n in swings)
 
+# %% ../../nbs/03_data/09_phantom.ipynb #7063c9e8
 def _inner(plane, rng, tissue, wide: float, tall: float) -> None:
     "Ventricles, nuclei and a lesion, painted into `tissue`."
     bow, reach = rng.uniform(0.25, 0.5), rng.uniform(0.1, 0.17)
     nucleus = rng.uniform(0.07, 0.11), rng.uniform(0.1, 0.15)
     for side in (-1, 1):
         jitter = rng.uniform(0.9, 1.1, 4)
-        tissue[ellipse(plane, (side * 0.13 * jitter[0], -0.08), (0.07 * jitter[1], reach + 0.1), side * bow)] = TISSUES.index("ventricle")
-        tissue[ellipse(plane, (side * 0.26 * jitter[2], 0.14), (nucleus[0] * jitter[3], nucleus[1]), -side * 0.3)] = TISSUES.index("nucleus")
+        tissue[
+            ellipse(plane, (side * 0.13 * jitter[0], -0.08), (0.07 * jitter[1], reach + 0.1), side * bow)
+        ] = TISSUES.index("ventricle")
+        tissue[
+            ellipse(plane, (side * 0.26 * jitter[2], 0.14), (nucleus[0] * jitter[3], nucleus[1]), -side * 0.3)
+        ] = TISSUES.index("nucleus")
     side, radius = rng.choice((-1, 1)), rng.uniform(0.07, 0.16)
     place = side * rng.uniform(0.3, 0.55) * wide, rng.uniform(-0.5, 0.5) * tall
-    tissue[ellipse(plane, place, (radius, radius * rng.uniform(0.7, 1.3)), rng.uniform(0, 3), _folds(rng, (3, 5), 0.12))] = TISSUES.index("lesion")
+    tissue[
+        ellipse(
+            plane, place, (radius, radius * rng.uniform(0.7, 1.3)), rng.uniform(0, 3),
+            _folds(rng, (3, 5), 0.12),
+        )
+    ] = TISSUES.index("lesion")
 
+# %% ../../nbs/03_data/09_phantom.ipynb #87407c52
 def _anatomy(seed: int, size: tuple[int, int]) -> np.ndarray:
     "Tissue of every pixel."
     plane, rng = _plane(size), _stream(seed, 0)
     wide, tall, turn = rng.uniform(0.68, 0.76), rng.uniform(0.84, 0.92), rng.uniform(-0.06, 0.06)
-    plane = tuple(np.cos(turn) * a + s * np.sin(turn) * b for a, b, s in ((plane[0], plane[1], 1), (plane[1], plane[0], -1)))
+    plane = tuple(
+        np.cos(turn) * a + s * np.sin(turn) * b
+        for a, b, s in ((plane[0], plane[1], 1), (plane[1], plane[0], -1))
+    )
     tissue = np.zeros(size, np.uint8)
     for name, cut in (("skin", 0), ("skull", rng.uniform(0.04, 0.06)), ("fluid", rng.uniform(0.1, 0.13))):
         tissue[ellipse(plane, (0, 0), (wide - cut, tall - cut))] = TISSUES.index(name)
     for name, cut, depth in (("grey matter", 0.16, 0.02), ("white matter", 0.25, 0.075)):
         folds = _folds(rng, (14, 23, 31), depth)
         tissue[ellipse(plane, (0, 0), (wide - cut, tall - cut), folds=folds)] = TISSUES.index(name)
-    tissue[(np.abs(plane[0]) < 0.012) & (np.abs(plane[1]) > 0.3) & (tissue >= 4)] = TISSUES.index("fluid")  # between the halves
+    tissue[(np.abs(plane[0]) < 0.012) & (np.abs(plane[1]) > 0.3) & (tissue >= 4)] = TISSUES.index(
+        "fluid"
+    )  # between the halves
     _inner(plane, rng, tissue, wide, tall)
     return tissue
 
@@ -98,6 +119,7 @@ def _noise(rng, size, sigma: float) -> np.ndarray:
     field = ndimage.gaussian_filter(rng.standard_normal(size), sigma, mode="wrap")
     return field / field.std()
 
+# %% ../../nbs/03_data/09_phantom.ipynb #7872e110
 def _scan(tissue, table, rng, *, blur: float, grain: float, uneven: float) -> np.ndarray:
     "H×W float in [0,1]: brightness by tissue, seen with a resolution, an unevenness and noise."
     size, scale = tissue.shape, min(tissue.shape) / 256
@@ -105,10 +127,12 @@ def _scan(tissue, table, rng, *, blur: float, grain: float, uneven: float) -> np
     image = ndimage.gaussian_filter(image, blur * scale) + grain * _noise(rng, size, 0.6)
     return np.clip(image, 0, 1) * (tissue > 0)
 
+# %% ../../nbs/03_data/09_phantom.ipynb #2a64f967
 def _false_colour(image: np.ndarray, colours) -> np.ndarray:  # H×W×3
     at = np.linspace(0, 1, len(colours))
     return np.stack([np.interp(image, at, channel) for channel in zip(*colours)], -1)
 
+# %% ../../nbs/03_data/09_phantom.ipynb #c73db1b0
 def _other(tissue, kind: str, rng) -> np.ndarray:
     "CT, PET or SPECT of a tissue map, [0,1]."
     table = list(OTHER[kind])
@@ -118,10 +142,16 @@ def _other(tissue, kind: str, rng) -> np.ndarray:
 
 # %% ../../nbs/03_data/09_phantom.ipynb #8f64e419
 def _check(seed, size, kind) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0: raise InputError(f"seed: expected a number of 0 or more, found {seed!r}")
-    if len(size) != 2 or not all(isinstance(s, int | np.integer) and s >= 48 for s in size): raise InputError(f"size: {size!r}; give height and width of 48 pixels or more")
-    if kind not in (None, *KINDS): raise InputError(f"kind: {kind!r} is unknown; choose one of {', '.join(KINDS)}, or None for all in turn")
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise InputError(f"seed: expected a number of 0 or more, found {seed!r}")
+    if len(size) != 2 or not all(isinstance(s, int | np.integer) and s >= 48 for s in size):
+        raise InputError(f"size: {size!r}; give height and width of 48 pixels or more")
+    if kind not in (None, *KINDS):
+        raise InputError(
+            f"kind: {kind!r} is unknown; choose one of {', '.join(KINDS)}, or None for all in turn"
+        )
 
+# %% ../../nbs/03_data/09_phantom.ipynb #b3d694e9
 def render_phantom(
     seed: int,  # number of the phantom, at least 0
     *,
@@ -133,7 +163,9 @@ def render_phantom(
     seed, kind, tissue = int(seed), kind or KINDS[seed % len(KINDS)], _anatomy(int(seed), tuple(size))
     weighting = ("T1", "T2")[seed // len(KINDS) % 2]
     mri = _scan(tissue, MRI[weighting], _stream(seed, 1), blur=0.5, grain=0.015, uneven=0.08)
-    levels = [np.rint(255 * image).astype(np.uint8) for image in (mri, _other(tissue, kind, _stream(seed, 2)))]
+    levels = [
+        np.rint(255 * image).astype(np.uint8) for image in (mri, _other(tissue, kind, _stream(seed, 2)))
+    ]
     return Phantom(*levels, tissue, kind, weighting, seed)
 
 # %% ../../nbs/03_data/09_phantom.ipynb #1dfa8e39
@@ -146,12 +178,14 @@ def write_phantoms(
     kind: str | None = None,  # one of `KINDS`; None: all in turn
 ) -> list[str]:  # names such as phantom_0000_CT
     "Write a set of phantoms to PNG files, one by one and atomically; `InputError` for bad arguments or an unwritable folder."
-    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= 10**6: raise InputError(f"n: expected a number of pairs between 1 and 1000000, found {n!r}")
+    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= 10**6:
+        raise InputError(f"n: expected a number of pairs between 1 and 1000000, found {n!r}")
     _check(seed, size, kind)
     folder, names = Path(folder), []
     for i in tqdm(range(n), desc="draw phantoms", unit="pair"):
         p = render_phantom(seed * 10**6 + i, size=size, kind=kind or KINDS[i % len(KINDS)])
         names.append(f"phantom_{i:04d}_{p.kind}")
         for part, image in (("ir", p.mri), ("vi", p.other)):
-            with atomic_path(folder / part / f"{names[-1]}.png") as path: Image.fromarray(image).save(path, format="PNG", compress_level=4)
+            with atomic_path(folder / part / f"{names[-1]}.png") as path:
+                Image.fromarray(image).save(path, format="PNG", compress_level=4)
     return names

@@ -52,7 +52,9 @@ class Split:
     about: str = ""  # what distinguishes the split
     of: str | None = None  # the split that it is a part of
     leave_out: tuple[str, ...] = ()  # stems that it leaves out
-    extra: MappingProxyType = field(default_factory=lambda: MappingProxyType({}))  # layout, masks, boxes, list, seed, size
+    extra: MappingProxyType = field(
+        default_factory=lambda: MappingProxyType({})
+    )  # layout, masks, boxes, list, seed, size
 
     @property
     def proven(self) -> bool:
@@ -95,7 +97,9 @@ class DataSet:
         "A split by its name; `InputError` lists the names."
         if name is None and len(self.splits) == 1: name = next(iter(self.splits))
         if name not in self.splits:
-            raise InputError(f"{self.name}: {'name a split' if name is None else f'no split {name!r}'}; choose one of {', '.join(self.splits)}")
+            raise InputError(
+                f"{self.name}: {'name a split' if name is None else f'no split {name!r}'}; choose one of {', '.join(self.splits)}"
+            )
         return self.splits[name]
 
 # %% ../../nbs/03_data/04_registry.ipynb #147084af
@@ -103,31 +107,56 @@ def _known(side: str, number: int, size: int, digest: str, *, stem_file: str, fo
     source = sources[number]
     upstream = f"{source[side]}/{stem_file}"
     url = fetch.format(repository=source["repository"], commit=source["commit"], path=quote(upstream))
-    return KnownFile(f"{folder}/{stem_file}", size, digest, f"{source['repository']}@{source['commit']}:{upstream}", url)
+    return KnownFile(
+        f"{folder}/{stem_file}", size, digest, f"{source['repository']}@{source['commit']}:{upstream}", url
+    )
 
+# %% ../../nbs/03_data/04_registry.ipynb #feca10e0
 def _known_pairs(stated: dict, entry: dict, folder: str, fetch: str) -> tuple[KnownPair, ...]:
     pairs = []
     for stem, (suffix, number, *facts) in sorted(stated["pairs"].items()):
-        sides = [_known(side, number, *facts[2 * i:2 * i + 2], stem_file=stem + suffix, folder=f"{folder}/{entry['sides'][side]}",
-                        sources=stated["sources"], fetch=fetch) for i, side in enumerate(("ir", "vis"))]
+        sides = [
+            _known(
+                side, number, *facts[2 * i : 2 * i + 2], stem_file=stem + suffix,
+                folder=f"{folder}/{entry['sides'][side]}", sources=stated["sources"], fetch=fetch,
+            )
+            for i, side in enumerate(("ir", "vis"))
+        ]
         pairs.append(KnownPair(stem, *sides))
     return tuple(pairs)
 
+# %% ../../nbs/03_data/04_registry.ipynb #533065a8
 _PLAIN = ("folder", "count", "counted_by", "pairs", "sources", "of", "leave_out", "about")
 
+# %% ../../nbs/03_data/04_registry.ipynb #589fe522
 def _split(name: str, owner: str, entry: dict, fetch: str) -> Split:
     stated = entry["splits"][name]
     parent, out = stated.get("of"), tuple(stated.get("leave_out", ()))
     base = _split(parent, owner, entry, fetch) if parent else None
-    folder = base.folder if base else f"{entry['root']}/{stated['folder']}".removesuffix("/.") if "folder" in stated else None
-    pairs = tuple(p for p in base.pairs if p.stem not in out) if base else _known_pairs(stated, entry, folder, fetch) if "pairs" in stated else None
+    folder = (
+        base.folder
+        if base
+        else f"{entry['root']}/{stated['folder']}".removesuffix("/.")
+        if "folder" in stated
+        else None
+    )
+    pairs = (
+        tuple(p for p in base.pairs if p.stem not in out)
+        if base
+        else _known_pairs(stated, entry, folder, fetch)
+        if "pairs" in stated
+        else None
+    )
     extra = {**(base.extra if base else {}), **{k: v for k, v in stated.items() if k not in _PLAIN}}
-    return Split(name, owner, folder, None if stated["count"] == "unknown" else stated["count"], stated.get("counted_by"), pairs,
-                 stated.get("about", ""), parent, out, MappingProxyType(extra))
+    return Split(
+        name, owner, folder, None if stated["count"] == "unknown" else stated["count"],
+        stated.get("counted_by"), pairs, stated.get("about", ""), parent, out, MappingProxyType(extra),
+    )
 
 # %% ../../nbs/03_data/04_registry.ipynb #c7403b2b
 REGISTRY = Path(smfnet.__file__).with_name("data_sets.json")
 
+# %% ../../nbs/03_data/04_registry.ipynb #3506b426
 @functools.cache
 def registry() -> MappingProxyType:  # name -> DataSet, in the order of the file
     "All data sets that the package knows."
@@ -139,11 +168,13 @@ def registry() -> MappingProxyType:  # name -> DataSet, in the order of the file
         found[name] = DataSet(name=name, **{"guide": "", "unproven": (), **plain, "splits": splits})
     return MappingProxyType(found)
 
+# %% ../../nbs/03_data/04_registry.ipynb #a78a9a26
 def _plain_name(name: str) -> str:
     "Letters and digits only, so that M³FD, m3fd and M3FD are one name."
     text = unicodedata.normalize("NFKC", str(name)).casefold().removeprefix("harvard/")
     return text if set("/\\") & set(text) else "".join(c for c in text if c.isalnum())  # a path is no name
 
+# %% ../../nbs/03_data/04_registry.ipynb #71b25b57
 def find_set(
     name: str | DataSet,  # upper or lower case, with or without hyphens; "Harvard/MRI-CT" is MRI-CT; a `DataSet` is itself
 ) -> DataSet:
@@ -164,12 +195,14 @@ def data_roots(
     named = os.environ.get("SMFNET_DATA")
     return [*([Path(named).expanduser()] if named else []), Path("data")]
 
+# %% ../../nbs/03_data/04_registry.ipynb #54571965
 def write_root(
     root: str | Path | None = None,  # None: data/
 ) -> Path:
     "Where data sets are written: an explicit root, or data/."
     return Path("data" if root is None else root).expanduser()
 
+# %% ../../nbs/03_data/04_registry.ipynb #c6ae4bd3
 def locate(
     split: Split,
     *,
@@ -178,7 +211,9 @@ def locate(
     "Find a split on this machine."
     if split.folder is None: return None
     marker = split.extra.get("list", split.extra.get("packed"))
-    places = (r for r in data_roots(root) if (r / split.folder / marker if marker else r / split.folder).exists())
+    places = (
+        r for r in data_roots(root) if (r / split.folder / marker if marker else r / split.folder).exists()
+    )
     return next(places, None)
 
 # %% ../../nbs/03_data/04_registry.ipynb #f894a2c3
@@ -191,13 +226,18 @@ def pin_folder(
 ) -> DataSet:  # proven by the files that are there now
     "Describe a folder as a data set with checksums; `InputError` for pairs that do not match."
     found = {s: _pin_split(name, Path(root), s, url) for s in splits}
-    return DataSet(name=name, title=name, kind="infrared-visible", about="a folder of the user", licence="unknown", citation="unknown", home=(url,), access="direct",
-                   root=name, sides={"ir": "ir", "vis": "vi"}, defects=(), guide="", unproven=(), splits=found)
+    return DataSet(
+        name=name, title=name, kind="infrared-visible", about="a folder of the user", licence="unknown",
+        citation="unknown", home=(url,), access="direct", root=name, sides={"ir": "ir", "vis": "vi"},
+        defects=(), guide="", unproven=(), splits=found,
+    )
 
+# %% ../../nbs/03_data/04_registry.ipynb #d52b3e25
 def _pin_split(owner: str, root: Path, name: str, url: str) -> Split:
     folder = f"{owner}/{name}"
     found = find_pairs(ir=root / folder / "ir", vis=root / folder / "vi")
-    if found.problems: raise InputError("; ".join(list(found.problems.values())[:5]))
+    if found.problems:
+        raise InputError("; ".join(list(found.problems.values())[:5]))
     def known(path: Path) -> KnownFile:
         at = path.relative_to(root).as_posix()
         return KnownFile(at, path.stat().st_size, sha256(path), at, f"{url}/{quote(at)}")

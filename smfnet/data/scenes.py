@@ -26,13 +26,18 @@ from ..core.provenance import atomic_path, write_json
 
 # %% ../../nbs/03_data/08_scenes.ipynb #e578a08e
 KINDS = ("day", "night", "glare", "smoke")
-MFNET_CLASSES = ("background", "car", "person", "bike", "curve", "car stop", "guardrail", "colour cone", "bump")
+MFNET_CLASSES = (
+    "background", "car", "person", "bike", "curve", "car stop", "guardrail", "colour cone", "bump",
+)
 M3FD_CLASSES = ("people", "car", "bus", "motorcycle", "truck", "lamp")
 MFNET_PALETTE = np.array([
     (0, 0, 0), (0, 114, 178), (213, 94, 0), (0, 158, 115), (240, 228, 66),
     (86, 180, 233), (204, 121, 167), (230, 159, 0), (187, 187, 187)], np.uint8)
+
+# %% ../../nbs/03_data/08_scenes.ipynb #0caf6846
 CAR, PERSON, BIKE, CURVE, CAR_STOP, GUARDRAIL, CONE, BUMP = range(1, 9)
 
+# %% ../../nbs/03_data/08_scenes.ipynb #f5680f81
 @dataclass(frozen=True)
 class Scene:
     "One aligned pair with its ground truth."
@@ -44,6 +49,7 @@ class Scene:
     kind: str  # one of `KINDS`
     seed: int  # renders the same scene again
 
+# %% ../../nbs/03_data/08_scenes.ipynb #a21d48a2
 def overlay(
     scene: Scene,
     *,
@@ -63,6 +69,7 @@ def _between(rng, low, high):
     "A number in [low, high)."
     return low + (high - low) * rng.random()
 
+# %% ../../nbs/03_data/08_scenes.ipynb #fa215a96
 def _pick(rng, items):
     "One of the items."
     return items[int(rng.random() * len(items))]
@@ -71,6 +78,7 @@ def _chance(rng, p):
     "True with probability p."
     return rng.random() < p
 
+# %% ../../nbs/03_data/08_scenes.ipynb #c95b6ab1
 def _bell(rng, shape):
     "Noise of mean 0 and variance 1 that is nearly Gaussian: the sum of three uniform numbers, scaled."
     a, b, c = (rng.random(shape, dtype=np.float32) for _ in range(3))
@@ -87,7 +95,6 @@ def _stretch(grid, shape):
         grid = grid.take(low, axis) * (1 - t) + grid.take(low + 1, axis) * t
     return grid
 
-
 # %% ../../nbs/03_data/08_scenes.ipynb #2bcb35fc
 def _clouds(rng, shape, cells, *, octaves=4, fall=0.5, periodic=False):
     "Multi-scale value noise, H×W, about [-1,1]; `cells` are (rows, columns) of the coarsest grid."
@@ -99,7 +106,6 @@ def _clouds(rng, shape, cells, *, octaves=4, fall=0.5, periodic=False):
         total, norm = total + weight * _stretch(grid, shape), norm + weight * weight
         weight *= fall
     return total * np.float32(1.2 / math.sqrt(norm))
-
 
 # %% ../../nbs/03_data/08_scenes.ipynb #f04818ef
 TILE = 256
@@ -116,6 +122,7 @@ def _sample(tile, u, v):
 # %% ../../nbs/03_data/08_scenes.ipynb #18757402
 FAR = 500.0  # metres; the depth of the sky
 
+# %% ../../nbs/03_data/08_scenes.ipynb #27828ef7
 @dataclass(frozen=True)
 class View:
     "A pinhole camera that looks along z."
@@ -141,18 +148,21 @@ class View:
         "Row of the ground at the distance z."
         return self.horizon + self.camera * self.scale(z)
 
+# %% ../../nbs/03_data/08_scenes.ipynb #68db284c
 def _view(rng, size):
     "A camera for H×W: a pedestrian's, a driver's or a mast's."
     height, width = size
     focal = _between(rng, 1.05, 1.4) * min(height, 0.8 * width)
-    return View(height, width, focal, width * _between(rng, 0.42, 0.58), height * _between(rng, 0.36, 0.5), _between(rng, 1.7, 3.8))
+    return View(
+        height, width, focal, width * _between(rng, 0.42, 0.58), height * _between(rng, 0.36, 0.5),
+        _between(rng, 1.7, 3.8),
+    )
 
 # %% ../../nbs/03_data/08_scenes.ipynb #05c612f3
 def _look(colour, heat, glow=0.0):
     "Reflectance (given as screen colour, [0,1]), heat [0,1], glow and shadow of a surface."
     r, g, b = colour
     return np.array([r * r, g * g, b * b, heat, glow, 0.0], np.float32)
-
 
 # %% ../../nbs/03_data/08_scenes.ipynb #db05ea03
 COLOURS = {
@@ -162,17 +172,26 @@ COLOURS = {
     "slabs": ((0.62, 0.6, 0.57), (0.57, 0.57, 0.6), (0.64, 0.56, 0.5)),
     "asphalt": ((0.36, 0.36, 0.38), (0.42, 0.41, 0.4), (0.3, 0.31, 0.33)),
     "curve": ((0.95, 0.95, 0.9), (0.96, 0.86, 0.35), (0.95, 0.9, 0.6)),
-    "wall": ((0.66, 0.6, 0.53), (0.6, 0.37, 0.3), (0.75, 0.73, 0.69), (0.5, 0.52, 0.56), (0.72, 0.64, 0.46), (0.52, 0.44, 0.4), (0.62, 0.66, 0.66)),
+    "wall": (
+        (0.66, 0.6, 0.53), (0.6, 0.37, 0.3), (0.75, 0.73, 0.69), (0.5, 0.52, 0.56), (0.72, 0.64, 0.46),
+        (0.52, 0.44, 0.4), (0.62, 0.66, 0.66),
+    ),
     "tree": ((0.24, 0.36, 0.14), (0.3, 0.42, 0.17), (0.38, 0.4, 0.16), (0.2, 0.31, 0.17)),
     "bush": ((0.25, 0.36, 0.15), (0.33, 0.4, 0.2)),
     "lamp": ((1.0, 0.88, 0.66), (1.0, 0.95, 0.87), (1.0, 0.8, 0.52)),
-    "car": ((0.75, 0.75, 0.76), (0.16, 0.17, 0.19), (0.6, 0.1, 0.1), (0.13, 0.25, 0.5), (0.9, 0.9, 0.88), (0.42, 0.45, 0.47), (0.2, 0.36, 0.28), (0.8, 0.62, 0.2)),
+    "car": (
+        (0.75, 0.75, 0.76), (0.16, 0.17, 0.19), (0.6, 0.1, 0.1), (0.13, 0.25, 0.5), (0.9, 0.9, 0.88),
+        (0.42, 0.45, 0.47), (0.2, 0.36, 0.28), (0.8, 0.62, 0.2),
+    ),
     "bus": ((0.75, 0.2, 0.15), (0.9, 0.88, 0.82), (0.2, 0.45, 0.35), (0.92, 0.75, 0.2), (0.25, 0.4, 0.65)),
     "truck": ((0.85, 0.85, 0.85), (0.2, 0.35, 0.6), (0.7, 0.15, 0.12), (0.9, 0.6, 0.15)),
     "cargo": ((0.82, 0.82, 0.8), (0.55, 0.6, 0.62), (0.35, 0.45, 0.35), (0.7, 0.55, 0.35)),
     "motorcycle": ((0.7, 0.12, 0.1), (0.12, 0.13, 0.15), (0.15, 0.3, 0.65), (0.85, 0.6, 0.1)),
     "bicycle": ((0.7, 0.15, 0.12), (0.15, 0.3, 0.6), (0.85, 0.85, 0.85), (0.2, 0.5, 0.3)),
-    "shirt": ((0.7, 0.15, 0.15), (0.15, 0.25, 0.5), (0.85, 0.84, 0.8), (0.2, 0.2, 0.22), (0.8, 0.65, 0.2), (0.25, 0.45, 0.35), (0.5, 0.5, 0.55), (0.6, 0.3, 0.5)),
+    "shirt": (
+        (0.7, 0.15, 0.15), (0.15, 0.25, 0.5), (0.85, 0.84, 0.8), (0.2, 0.2, 0.22), (0.8, 0.65, 0.2),
+        (0.25, 0.45, 0.35), (0.5, 0.5, 0.55), (0.6, 0.3, 0.5),
+    ),
     "trousers": ((0.18, 0.2, 0.3), (0.25, 0.24, 0.23), (0.55, 0.5, 0.4), (0.12, 0.12, 0.13)),
     "leather": ((0.13, 0.13, 0.14), (0.5, 0.2, 0.15), (0.2, 0.25, 0.35)),
     "helmet": ((0.8, 0.1, 0.1), (0.9, 0.9, 0.9), (0.1, 0.1, 0.12)),
@@ -232,11 +251,15 @@ def _cover(stage, points):
     for ax, ay, dx, dy in zip(px, py, qx - px, qy - py):
         length = math.sqrt(dx * dx + dy * dy)
         if length < 1e-6: continue
-        nx, ny = np.float32(math.copysign(dy, area * dy) / length), np.float32(-math.copysign(dx, area * dx) / length)
+        nx, ny = (
+            np.float32(math.copysign(dy, area * dy) / length),
+            np.float32(-math.copysign(dx, area * dx) / length),
+        )
         d = (x - np.float32(ax)) * nx + (y - np.float32(ay)) * ny
         out = d if out is None else np.maximum(out, d)
     return where, np.clip(0.5 - out, 0, 1)
 
+# %% ../../nbs/03_data/08_scenes.ipynb #eba2a8d6
 def _polygon(stage, points, look, depth, label=0, owner=0, *, fade=0.0):
     "Fill a convex polygon given in pixels; `fade` makes it darker toward its foot."
     found = _cover(stage, points)
@@ -272,13 +295,17 @@ def _sky(stage, rng):
     "A clear or cloudy sky down to the horizon."
     view, bottom = stage.view, min(int(stage.view.horizon) + 2, stage.view.height)
     height = np.linspace(1, 0, bottom, dtype=np.float32)[:, None]
-    cloud = np.clip(_clouds(rng, (bottom, view.width), (2, 2), octaves=5, fall=0.6) * 1.3 + np.float32(_between(rng, -0.6, 0.5)), 0, 1)
+    cloud = np.clip(
+        _clouds(rng, (bottom, view.width), (2, 2), octaves=5, fall=0.6) * 1.3
+        + np.float32(_between(rng, -0.6, 0.5)), 0, 1,
+    )
     clear = _dye(rng, "sky", 0.05)
     pale, white = _look((0.85, 0.89, 0.93), 0.17), _look((0.93, 0.93, 0.94), 0.2)
     look = clear + (1 - height[..., None]) ** 2 * (pale - clear)
     look = look + cloud[..., None] * (white * (0.85 + 0.15 * height[..., None]) - look)
-    stage.paint((slice(0, bottom), slice(0, view.width)), np.ones((bottom, view.width), np.float32), look, FAR)
-
+    stage.paint(
+        (slice(0, bottom), slice(0, view.width)), np.ones((bottom, view.width), np.float32), look, FAR
+    )
 
 # %% ../../nbs/03_data/08_scenes.ipynb #86c35bf0
 def _hills(stage, rng, *, depth, height, colour, heat):
@@ -307,6 +334,7 @@ class Road:
         "Offset of the road's middle at a distance, metres."
         return self.a + self.b * z + self.c * z * z
 
+# %% ../../nbs/03_data/08_scenes.ipynb #da8146e1
 def _road(rng):
     "A road somewhere ahead, or a paved square when it is very wide."
     half = _pick(rng, (3.0, 3.5, 4.5, 5.5, 9.0))
@@ -326,14 +354,23 @@ class Ground:
         self.scale = np.float32(view.focal) / self.z  # pixels a metre, across
         self.off = self.x - (np.float32(road.a) + self.z * (np.float32(road.b) + self.z * np.float32(road.c)))
         coarse, fine = np.clip(self.scale / 14, 0, 1), np.clip(self.scale / 45, 0, 1)
-        self.grain = _sample(stage.tile, self.x * 24, self.z * 24) * coarse + _sample(stage.tile, self.x * 150, self.z * 150) * fine * 0.6
+        self.grain = (
+            _sample(stage.tile, self.x * 24, self.z * 24) * coarse
+            + _sample(stage.tile, self.x * 150, self.z * 150) * fine * 0.6
+        )
         self.stain = _sample(stage.tile, self.x * 1.7 + 91, self.z * 0.9 + 33)
 
     def lay(self, cover, look, label=0, *, grain=0.2, stain=0.2, warmth=0.05):
         "Blend a layer over the ground, modulated by fine grain and broad stains."
         shade = (1 + grain * self.grain + stain * self.stain)[..., None]
         warm = (1 + warmth * self.stain)[..., None]
-        full = np.concatenate([look[:3] * np.maximum(shade, 0.05), look[3:4] * warm, np.broadcast_to(look[4:], (*shade.shape[:2], 2))], 2)
+        full = np.concatenate(
+            [
+                look[:3] * np.maximum(shade, 0.05), look[3:4] * warm,
+                np.broadcast_to(look[4:], (*shade.shape[:2], 2)),
+            ],
+            2,
+        )
         self.stage.paint(self.where, np.broadcast_to(cover, shade.shape[:2]), full, self.z, label)
 
     def within(self, distance, half):
@@ -355,22 +392,34 @@ def _street(ground, rng):
         ground.lay(1, _dye(rng, "paving", 0.33), grain=0.3, stain=0.15)
     ground.lay(ground.within(ground.off, road.half + road.walk), _dye(rng, "slabs", 0.34), grain=0.18)
     fu, fv = (ground.off / 0.9) % 1 - 0.5, (ground.z / 0.9) % 1 - 0.5
-    joints = np.maximum(ground.within((0.5 - np.abs(fu)) * 0.9, 0.03), ground.between(0, 14) * (np.abs(fv) > 0.46))
-    ground.lay(joints * (off < road.half + road.walk) * np.clip(ground.scale / 25, 0, 1) * 0.6, _look((0.36, 0.35, 0.34), 0.32), grain=0)
+    joints = np.maximum(
+        ground.within((0.5 - np.abs(fu)) * 0.9, 0.03), ground.between(0, 14) * (np.abs(fv) > 0.46)
+    )
+    ground.lay(
+        joints * (off < road.half + road.walk) * np.clip(ground.scale / 25, 0, 1) * 0.6,
+        _look((0.36, 0.35, 0.34), 0.32), grain=0,
+    )
     ground.lay(ground.within(ground.off, road.half + 0.16), _look((0.72, 0.71, 0.68), 0.3), grain=0.1)
     ground.lay(ground.within(ground.off, road.half), _dye(rng, "asphalt", 0.38), grain=0.45, stain=0.2)
-    seam = np.clip(1 - np.abs(_sample(ground.stage.tile, ground.x * 2.3 + 17, ground.z * 2.3)) * 40 / np.maximum(ground.scale / 12, 1), 0, 1)
+    seam = np.clip(
+        1
+        - np.abs(_sample(ground.stage.tile, ground.x * 2.3 + 17, ground.z * 2.3))
+        * 40
+        / np.maximum(ground.scale / 12, 1),
+        0,
+        1,
+    )
     worn = np.clip(_sample(ground.stage.tile, ground.x * 0.6 + 77, ground.z * 0.6 + 5) * 4, 0, 1)
     ground.lay(seam * worn * 0.6 * np.clip(ground.scale / 12, 0, 1), _look((0.16, 0.16, 0.17), 0.4), grain=0)
     tracks = np.abs(off - road.half * 0.5) - 0.75
     ground.lay(ground.within(tracks, 0.3) * 0.3, _look((0.26, 0.26, 0.27), 0.42), grain=0.3)
 
-
 # %% ../../nbs/03_data/08_scenes.ipynb #0964e050
 def _marks(ground, rng):
     "Edge lines, centre dashes and now and then a zebra crossing; paint that is background to MFNet."
     road, white = ground.road, _look((0.86, 0.86, 0.83), 0.345)
-    if _chance(rng, 0.7): ground.lay(ground.within(np.abs(ground.off) - road.half + 0.3, 0.06), white, grain=0.25)
+    if _chance(rng, 0.7):
+        ground.lay(ground.within(np.abs(ground.off) - road.half + 0.3, 0.06), white, grain=0.25)
     period, phase = _between(rng, 4, 8), _between(rng, 0, 8)
     dashes = ((ground.z + phase) % period < period * 0.45).astype(np.float32)
     ground.lay(ground.within(ground.off, 0.07) * dashes, white, grain=0.25)
@@ -389,6 +438,7 @@ def _curve(ground, rng):
     cover = ground.within(ground.off - at, _between(rng, 0.13, 0.2)) * ground.between(start, start + reach)
     ground.lay(cover, _dye(rng, "curve", 0.31), CURVE, grain=0.12, stain=0.05)
 
+# %% ../../nbs/03_data/08_scenes.ipynb #10c1f94c
 def _bump(ground, rng):
     "MFNet's bump: a rubber band across the road in black and yellow."
     z0, depth, pitch = _between(rng, 6, 16), _between(rng, 0.9, 1.5), _between(rng, 0.6, 1.0)
@@ -396,7 +446,10 @@ def _bump(ground, rng):
     ground.lay(cover, _look((0.13, 0.13, 0.13), 0.47), BUMP, grain=0.1)
     stripes = ((ground.off + 0.35 * (ground.z - z0)) % pitch < pitch / 2).astype(np.float32)
     ground.lay(cover * stripes, _look((0.93, 0.76, 0.12), 0.43), BUMP, grain=0.1)
-    ground.lay(ground.within(ground.off, ground.road.half - 0.1) * ground.between(z0, z0 + 0.12), _look((0.1, 0.1, 0.1), 0.47), BUMP, grain=0)
+    ground.lay(
+        ground.within(ground.off, ground.road.half - 0.1) * ground.between(z0, z0 + 0.12),
+        _look((0.1, 0.1, 0.1), 0.47), BUMP, grain=0,
+    )
 
 # %% ../../nbs/03_data/08_scenes.ipynb #3e6181ee
 def _wall(stage, p0, p1, height):
@@ -431,13 +484,16 @@ class Facade:
     phase: float  # offset into the texture
     brick: bool
 
+# %% ../../nbs/03_data/08_scenes.ipynb #5d6912f7
 def _facade(rng):
     "A house at random."
     colour = _pick(rng, COLOURS["wall"])
     tone = _between(rng, 0.85, 1.1)
-    return Facade(tuple(c * tone for c in colour), _between(rng, 5.5, 17), _between(rng, 2.2, 4.0), _between(rng, 2.8, 3.6),
-                  (_between(rng, 0.4, 0.75), _between(rng, 0.45, 0.65)), _between(rng, 0.3, 0.42), _between(rng, 0, 256), _chance(rng, 0.4))
-
+    return Facade(
+        tuple(c * tone for c in colour), _between(rng, 5.5, 17), _between(rng, 2.2, 4.0),
+        _between(rng, 2.8, 3.6), (_between(rng, 0.4, 0.75), _between(rng, 0.45, 0.65)),
+        _between(rng, 0.3, 0.42), _between(rng, 0, 256), _chance(rng, 0.4),
+    )
 
 # %% ../../nbs/03_data/08_scenes.ipynb #f1f2b648
 def _windows(facade, u, v, scale, tile):
@@ -448,7 +504,9 @@ def _windows(facade, u, v, scale, tile):
     dv = (0.5 * facade.share[1] - np.abs(storey - iv - 0.5)) * facade.storey
     d, fits = np.minimum(du, dv), (iv >= 0) & ((iv + 1) * facade.storey + 0.9 < facade.height)
     frame, pane = np.clip((d + 0.12) * scale + 0.5, 0, 1) * fits, np.clip(d * scale + 0.5, 0, 1) * fits
-    bar = np.clip((0.035 - np.abs(bay - iu - 0.5) * facade.bay) * scale + 0.5, 0, 1) * np.clip(scale / 14, 0, 1)
+    bar = np.clip((0.035 - np.abs(bay - iu - 0.5) * facade.bay) * scale + 0.5, 0, 1) * np.clip(
+        scale / 14, 0, 1
+    )
     which = (iu * 57 + iv * 131 + facade.phase).astype(np.intp)
     return frame, pane * (1 - bar), (tile.ravel()[(which * 739) & 65535] * 7.31) % 1
 
@@ -470,7 +528,9 @@ def _house(stage, facade, p0, p1, light):
     frame, pane, number = _windows(facade, u, v, scale, stage.tile)
     look += frame[..., None] * (_look((0.8, 0.79, 0.76), facade.heat + 0.03) - look)
     dark = _look((0.2, 0.25, 0.31), 0.24) * (0.5 + 0.9 * number[..., None])
-    glass = np.where((number > 0.8)[..., None], _look((0.5, 0.43, 0.32), 0.36, 1.6) * (0.4 + 0.6 * number[..., None]), dark)
+    glass = np.where(
+        (number > 0.8)[..., None], _look((0.5, 0.43, 0.32), 0.36, 1.6) * (0.4 + 0.6 * number[..., None]), dark
+    )
     look += pane[..., None] * (glass - look)
     stage.paint(where, inside, look.astype(np.float32), z)
 
@@ -478,15 +538,26 @@ def _house(stage, facade, p0, p1, light):
 def _tree(stage, rng, x, z):
     "A trunk and a crown of rough blobs."
     tall = _between(rng, 4, 9)
-    _limb(stage, (x, 0, z), (x + _between(rng, -0.3, 0.3), tall * 0.6, z), (0.22, 0.12), _look((0.3, 0.24, 0.19), 0.31))
-    blobs = [(x + _between(rng, -0.28, 0.28) * tall, tall * _between(rng, 0.45, 0.95), tall * _between(rng, 0.14, 0.24)) for _ in range(7)]
+    _limb(
+        stage, (x, 0, z), (x + _between(rng, -0.3, 0.3), tall * 0.6, z), (0.22, 0.12),
+        _look((0.3, 0.24, 0.19), 0.31),
+    )
+    blobs = [
+        (
+            x + _between(rng, -0.28, 0.28) * tall, tall * _between(rng, 0.45, 0.95),
+            tall * _between(rng, 0.14, 0.24),
+        )
+        for _ in range(7)
+    ]
     _foliage(stage, rng, blobs, z, _dye(rng, "tree", 0.27))
 
+# %% ../../nbs/03_data/08_scenes.ipynb #a64b4490
 def _bush(stage, rng, x, z):
     "A hedge of a few blobs that sits on the ground."
-    blobs = [(x + _between(rng, -1.2, 1.2), _between(rng, 0.2, 0.8), _between(rng, 0.4, 0.8)) for _ in range(5)]
+    blobs = [
+        (x + _between(rng, -1.2, 1.2), _between(rng, 0.2, 0.8), _between(rng, 0.4, 0.8)) for _ in range(5)
+    ]
     _foliage(stage, rng, blobs, z, _dye(rng, "bush", 0.27))
-
 
 # %% ../../nbs/03_data/08_scenes.ipynb #dad5401d
 def _foliage(stage, rng, blobs, z, green):
@@ -494,7 +565,10 @@ def _foliage(stage, rng, blobs, z, green):
     view, s, phase = stage.view, stage.view.scale(z), _between(rng, 0, 256)
     at = view.project([(x, y, z) for x, y, _ in blobs])
     r = np.array([b[2] * s for b in blobs])
-    found = stage.window((at[:, 0] - r).min(), (at[:, 1] - r).min(), (at[:, 0] + r).max(), min((at[:, 1] + r).max(), view.row(z)))
+    found = stage.window(
+        (at[:, 0] - r).min(), (at[:, 1] - r).min(), (at[:, 0] + r).max(),
+        min((at[:, 1] + r).max(), view.row(z)),
+    )
     if found is None: return
     where, x, y = found
     near = np.full((y.size, x.size), 4, np.float32)
@@ -505,33 +579,46 @@ def _foliage(stage, rng, blobs, z, green):
     cover = np.clip((1 - near + 0.4 * leaf + 0.5 * clump) * 3, 0, 1)
     top = np.clip((np.float32(at[:, 1].mean()) - y) / np.float32(2 * r.max()), -0.5, 0.5)
     shade = np.maximum(0.75 + 0.6 * top + 0.5 * leaf + 0.45 * clump, 0.1)[..., None]
-    look = green * np.concatenate([np.repeat(shade, 3, 2), 0.97 + 0.07 * shade, np.zeros((*cover.shape, 2), np.float32)], 2)
+    look = green * np.concatenate(
+        [np.repeat(shade, 3, 2), 0.97 + 0.07 * shade, np.zeros((*cover.shape, 2), np.float32)], 2
+    )
     stage.paint(where, cover, look, z)
 
 # %% ../../nbs/03_data/08_scenes.ipynb #ed8e82a3
 def _lamp(stage, rng, x, z, toward):
     "A street lamp: an arm lamp over the road or a globe; only the luminous head is boxed."
     view, globe = stage.view, _chance(rng, 0.4)
-    tall = min(_between(rng, 3.2, 4.2) if globe else _between(rng, 5, 7), view.camera + (view.horizon - 10) * z / view.focal)
+    tall = min(
+        _between(rng, 3.2, 4.2) if globe else _between(rng, 5, 7),
+        view.camera + (view.horizon - 10) * z / view.focal,
+    )
     steel, tall = _look((0.4, 0.42, 0.42), 0.3), max(tall, 2.4)
     _limb(stage, (x, 0, z), (x, tall, z), (0.09, 0.06), steel)
     head = (x, tall + 0.2, z) if globe else (x + toward * 1.5, tall + 0.1, z)
     if not globe: _limb(stage, (x, tall, z), (x + toward * 1.2, tall + 0.2, z), (0.06, 0.05), steel)
     colour = _pick(rng, COLOURS["lamp"])
-    glass, wide, radius = _look([0.9 * c for c in colour], 0.62, 3.0), 0.01 if globe else 0.36, 0.3 if globe else 0.2
+    glass, wide, radius = (
+        _look([0.9 * c for c in colour], 0.62, 3.0), 0.01 if globe else 0.36, 0.3 if globe else 0.2,
+    )
     with stage.thing("lamp") as owner:
-        _limb(stage, (head[0] - wide, head[1], z), (head[0] + wide, head[1], z), (radius, radius), glass, 0, owner)
+        _limb(
+            stage, (head[0] - wide, head[1], z), (head[0] + wide, head[1], z), (radius, radius), glass, 0,
+            owner,
+        )
     stage.lights.append(("lamp", head, colour))
-
 
 # %% ../../nbs/03_data/08_scenes.ipynb #0c25a849
 def _rail(stage, p0, p1):
     "One span of a guardrail: two posts and a corrugated beam."
-    for x, z in (p0, p1): _limb(stage, (x, 0, z), (x, 0.72, z), (0.07, 0.07), _look((0.45, 0.46, 0.47), 0.29), GUARDRAIL)
+    for x, z in (p0, p1):
+        _limb(stage, (x, 0, z), (x, 0.72, z), (0.07, 0.07), _look((0.45, 0.46, 0.47), 0.29), GUARDRAIL)
     (x0, z0), (x1, z1) = p0, p1
     for low, high, grey in ((0.38, 0.5, 0.62), (0.5, 0.62, 0.42), (0.62, 0.82, 0.85)):
         corners = [(x0, low, z0), (x0, high, z0), (x1, high, z1), (x1, low, z1)]
-        _polygon(stage, stage.view.project(corners), _look((grey, grey, grey * 1.02), 0.24), 0.5 * (z0 + z1), GUARDRAIL)
+        _polygon(
+            stage, stage.view.project(corners), _look((grey, grey, grey * 1.02), 0.24), 0.5 * (z0 + z1),
+            GUARDRAIL,
+        )
 
 # %% ../../nbs/03_data/08_scenes.ipynb #8cb7b87d
 def _hull(points):
@@ -540,17 +627,22 @@ def _hull(points):
     def half(line):
         out = []
         for p in line:
-            while len(out) > 1 and (out[-1][0] - out[-2][0]) * (p[1] - out[-2][1]) <= (out[-1][1] - out[-2][1]) * (p[0] - out[-2][0]): out.pop()
+            while len(out) > 1 and (out[-1][0] - out[-2][0]) * (p[1] - out[-2][1]) <= (
+                out[-1][1] - out[-2][1]
+            ) * (p[0] - out[-2][0]):
+                out.pop()
             out.append(p)
         return out[:-1]
     return np.array(half(points) + half(points[::-1]))
 
+# %% ../../nbs/03_data/08_scenes.ipynb #029f1ea0
 def _dim(stage, points):
     "Raise the shadow channel inside a polygon of pixels, and nothing else."
     if found := _cover(stage, points):
         shadow = stage.surface[found[0]][..., 5]
         np.maximum(shadow, found[1], out=shadow)
 
+# %% ../../nbs/03_data/08_scenes.ipynb #98779dca
 def _shadow(stage, footprint, height):
     "Shadow on the ground of a thing of that height over a footprint of points N×3 (metres)."
     sx, sy, sz = stage.sun
@@ -568,14 +660,18 @@ def _prism(profile, half, side, edges):
         if look is not None: faces.append(([(a, b, half), (c, d, half), (c, d, -half), (a, b, -half)], look))
     return faces
 
+# %% ../../nbs/03_data/08_scenes.ipynb #5bc085c3
 def _on_side(half, l0, l1, h0, h1, look):
     "A rectangle on both sides of a prism."
-    return [([(l0, h0, s * half), (l1, h0, s * half), (l1, h1, s * half), (l0, h1, s * half)], look) for s in (1, -1)]
+    return [
+        ([(l0, h0, s * half), (l1, h0, s * half), (l1, h1, s * half), (l0, h1, s * half)], look)
+        for s in (1, -1)
+    ]
 
+# %% ../../nbs/03_data/08_scenes.ipynb #1bca50e5
 def _on_end(l, w0, w1, h0, h1, look):
     "A rectangle on the front or the back of a prism."
     return [([(l, h0, w0), (l, h0, w1), (l, h1, w1), (l, h1, w0)], look)]
-
 
 # %% ../../nbs/03_data/08_scenes.ipynb #1eec75a9
 def _wheels(half, places, radius):
@@ -601,7 +697,6 @@ class Pose:
         p, c, s = np.asarray(points, float), math.cos(self.yaw), math.sin(self.yaw)
         return np.stack([self.x + p[:, 0] * s + p[:, 2] * c, p[:, 1], self.z + p[:, 0] * c - p[:, 2] * s], 1)
 
-
 # %% ../../nbs/03_data/08_scenes.ipynb #62f2503f
 def _solid(stage, faces, pose, label, owner):
     "Paint the faces of a convex solid that look at the camera."
@@ -612,7 +707,10 @@ def _solid(stage, faces, pose, label, owner):
         (ax, ay, az), (bx, by, bz) = p[1] - p[0], p[2] - p[0]
         n = (ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx)
         m = p.mean(0)
-        out = math.copysign(1 / max(math.sqrt(n[0] ** 2 + n[1] ** 2 + n[2] ** 2), 1e-9), sum(a * (b - c) for a, b, c in zip(n, m, hub)))
+        out = math.copysign(
+            1 / max(math.sqrt(n[0] ** 2 + n[1] ** 2 + n[2] ** 2), 1e-9),
+            sum(a * (b - c) for a, b, c in zip(n, m, hub)),
+        )
         if out * sum(a * (b - c) for a, b, c in zip(n, eye, p[0])) <= 0: continue
         light = 0.62 + 0.3 * max(0.0, out * sum(a * b for a, b in zip(n, sun))) + 0.13 * max(0.0, out * n[1])
         shade = np.array([light, light, light, 1, 1, 1], np.float32)
@@ -629,7 +727,6 @@ def _shift(look, *, by=1.0, heat=None):
     look = look * np.array([by, by, by, 1, 1, 1], np.float32)
     if heat is not None: look[3] = heat
     return look
-
 
 # %% ../../nbs/03_data/08_scenes.ipynb #070a53ce
 def _lights(front, back, half, low, high):
@@ -648,15 +745,25 @@ def _car(rng):
     paint = _dye(rng, "car", 0.38)
     top, rear = _pick(rng, ((1.44, -1.75), (1.55, -2.05), (1.85, -2.1), (1.4, -1.6)))
     hood, roof, tail = _shift(paint, heat=0.62), _shift(paint, heat=0.34), _shift(paint, heat=0.42)
-    body = _prism([(-2.1, 0.26), (2.1, 0.26), (2.16, 0.6), (1.95, 0.82), (0.85, 0.93), (-1.95, 0.95), (-2.16, 0.66)], 0.87,
-                  paint, [None, hood, hood, hood, paint, tail, tail])
-    body += _on_side(0.875, -2.05, 2.05, 0.26, 0.4, DARK) + _on_side(0.875, -2.1, 2.0, 0.72, 0.78, _shift(paint, by=1.35))
+    body = _prism(
+        [(-2.1, 0.26), (2.1, 0.26), (2.16, 0.6), (1.95, 0.82), (0.85, 0.93), (-1.95, 0.95), (-2.16, 0.66)],
+        0.87, paint, [None, hood, hood, hood, paint, tail, tail],
+    )
+    body += _on_side(0.875, -2.05, 2.05, 0.26, 0.4, DARK) + _on_side(
+        0.875, -2.1, 2.0, 0.72, 0.78, _shift(paint, by=1.35)
+    )
     body += _wheels(0.88, (-1.3, 1.32), 0.33) + _lights(2.17, -2.17, 0.87, 0.56, 0.72)
     slope = 0.55 if top < 1.8 else 0.1
-    cabin = _prism([(rear, 0.9), (1.0, 0.9), (0.3, top), (rear + slope, top)], 0.76, paint, [None, GLASS, roof, _shift(GLASS, heat=0.3)])
+    cabin = _prism(
+        [(rear, 0.9), (1.0, 0.9), (0.3, top), (rear + slope, top)], 0.76, paint,
+        [None, GLASS, roof, _shift(GLASS, heat=0.3)],
+    )
     for l0, l1 in ((rear + slope * 0.8 + 0.12, -0.35), (-0.25, 0.5)):
         low, high = l1 + 0.25 * (l1 > 0), l1 - 0.1 * (l1 > 0)
-        cabin += [([(l0, 0.96, w), (low, 0.96, w), (high, top - 0.1, w), (l0 + 0.12, top - 0.1, w)], GLASS) for w in (0.765, -0.765)]
+        cabin += [
+            ([(l0, 0.96, w), (low, 0.96, w), (high, top - 0.1, w), (l0 + 0.12, top - 0.1, w)], GLASS)
+            for w in (0.765, -0.765)
+        ]
     return [[body, cabin]], 2.16, 0.87, top
 
 # %% ../../nbs/03_data/08_scenes.ipynb #3f534278
@@ -665,15 +772,22 @@ def _bus(rng):
     paint = _dye(rng, "bus", 0.37)
     faces = [None, _shift(paint, heat=0.45), paint, _shift(paint, by=1.1, heat=0.3), _shift(paint, heat=0.66)]
     box = _prism([(-5.0, 0.35), (5.0, 0.35), (5.15, 1.3), (5.0, 3.0), (-5.0, 3.0)], 1.22, paint, faces)
-    box += _on_side(1.225, -4.9, 4.9, 0.35, 0.55, DARK) + _on_side(1.225, -4.9, 4.9, 1.15, 1.3, _look((0.9, 0.9, 0.88), 0.36))
-    for k in range(6): box += _on_side(1.23, -4.6 + 1.55 * k, -3.25 + 1.55 * k, 1.5, 2.5, _look((0.2, 0.25, 0.3), 0.3, 0.35))
+    box += _on_side(1.225, -4.9, 4.9, 0.35, 0.55, DARK) + _on_side(
+        1.225, -4.9, 4.9, 1.15, 1.3, _look((0.9, 0.9, 0.88), 0.36)
+    )
+    for k in range(6):
+        box += _on_side(1.23, -4.6 + 1.55 * k, -3.25 + 1.55 * k, 1.5, 2.5, _look((0.2, 0.25, 0.3), 0.3, 0.35))
     box += _on_side(1.235, 3.6, 4.6, 0.5, 2.5, _look((0.17, 0.2, 0.24), 0.32, 0.2))  # door
     box += _on_side(1.235, -4.8, -3.4, 0.6, 1.1, _shift(paint, by=0.8, heat=0.8))  # engine
     box += _on_end(5.16, -1.05, 1.05, 1.35, 2.45, _look((0.14, 0.18, 0.22), 0.28))  # windscreen
     box += _on_end(5.16, -0.8, 0.8, 2.6, 2.85, _look((0.95, 0.6, 0.15), 0.4, 1.2))  # line number
-    box += _on_end(-5.02, -0.95, 0.95, 1.7, 2.6, GLASS) + _on_end(-5.02, -0.9, 0.9, 0.6, 1.2, _shift(DARK, heat=0.85))
-    return [[box + _wheels(1.24, (-2.9, 3.1), 0.48) + _lights(5.17, -5.03, 1.22, 0.62, 0.85)]], 5.15, 1.22, 3.0
-
+    box += _on_end(-5.02, -0.95, 0.95, 1.7, 2.6, GLASS) + _on_end(
+        -5.02, -0.9, 0.9, 0.6, 1.2, _shift(DARK, heat=0.85)
+    )
+    return (
+        [[box + _wheels(1.24, (-2.9, 3.1), 0.48) + _lights(5.17, -5.03, 1.22, 0.62, 0.85)]], 5.15, 1.22,
+        3.0,
+    )
 
 # %% ../../nbs/03_data/08_scenes.ipynb #f8ec72e3
 def _truck(rng):
@@ -681,12 +795,21 @@ def _truck(rng):
     paint = _dye(rng, "truck", 0.4)
     cargo = _dye(rng, "cargo", 0.31)
     high = _pick(rng, (3.1, 3.3, 1.5))
-    frame = _prism([(-3.6, 0.5), (3.3, 0.5), (3.3, 0.9), (-3.6, 0.9)], 1.0, DARK, [None, DARK, DARK, DARK]) + _wheels(1.08, (-2.7, -1.6, 2.4), 0.48)
-    box = _prism([(-3.7, 0.9), (1.5, 0.9), (1.5, high), (-3.7, high)], 1.22, cargo, [None, cargo, _shift(cargo, by=1.1), _shift(cargo, by=0.9)])
-    for k in range(5): box += _on_side(1.225, -3.6 + 1.05 * k, -3.54 + 1.05 * k, 0.95, high - 0.05, _shift(cargo, by=0.6))
+    frame = _prism(
+        [(-3.6, 0.5), (3.3, 0.5), (3.3, 0.9), (-3.6, 0.9)], 1.0, DARK, [None, DARK, DARK, DARK]
+    ) + _wheels(1.08, (-2.7, -1.6, 2.4), 0.48)
+    box = _prism(
+        [(-3.7, 0.9), (1.5, 0.9), (1.5, high), (-3.7, high)], 1.22, cargo,
+        [None, cargo, _shift(cargo, by=1.1), _shift(cargo, by=0.9)],
+    )
+    for k in range(5):
+        box += _on_side(1.225, -3.6 + 1.05 * k, -3.54 + 1.05 * k, 0.95, high - 0.05, _shift(cargo, by=0.6))
     box += _on_end(-3.72, -0.03, 0.03, 0.95, high - 0.05, _shift(cargo, by=0.4))
     for w in (-1.15, 0.85): box += _on_end(-3.72, w, w + 0.3, 0.95, 1.15, TAILLIGHT)
-    profile, faces = [(1.7, 0.5), (3.6, 0.5), (3.65, 1.4), (3.4, 2.55), (1.7, 2.6)], [None, _shift(paint, heat=0.64), _shift(GLASS, heat=0.28), paint, paint]
+    profile, faces = (
+        [(1.7, 0.5), (3.6, 0.5), (3.65, 1.4), (3.4, 2.55), (1.7, 2.6)],
+        [None, _shift(paint, heat=0.64), _shift(GLASS, heat=0.28), paint, paint],
+    )
     cab = _prism(profile, 1.15, _shift(paint, heat=0.46), faces) + _on_side(1.155, 2.2, 3.2, 1.45, 2.3, GLASS)
     for w in (-1.1, 0.75): cab += _on_end(3.67, w, w + 0.35, 0.7, 0.9, HEADLIGHT)
     cab += _on_end(3.67, -0.6, 0.6, 0.65, 1.2, _shift(DARK, heat=0.85)) + _wheels(1.16, (2.5,), 0.48)
@@ -714,11 +837,14 @@ class Clothes:
     legs: np.ndarray
     shoes: np.ndarray
 
+# %% ../../nbs/03_data/08_scenes.ipynb #3ab9889e
 def _clothes(rng):
     "Somebody's skin, hair and clothes; how much warmth a coat lets through varies."
     warm = _between(rng, 0.72, 0.88)
-    return Clothes(_dye(rng, "skin", 0.97), _dye(rng, "hair", 0.8), _dye(rng, "shirt", warm), _dye(rng, "trousers", warm * 0.95),
-                   _look((0.15, 0.13, 0.12), 0.6))
+    return Clothes(
+        _dye(rng, "skin", 0.97), _dye(rng, "hair", 0.8), _dye(rng, "shirt", warm),
+        _dye(rng, "trousers", warm * 0.95), _look((0.15, 0.13, 0.12), 0.6),
+    )
 
 # %% ../../nbs/03_data/08_scenes.ipynb #c8e9132b
 def _body(joints, clothes, scale):
@@ -733,8 +859,11 @@ def _body(joints, clothes, scale):
                 (j["shoulder" + k], j["hip" + k], 0.062, 0.062, clothes.top)):
             limbs.append((a, b, (ra * s, rb * s), look))
     middle = tuple(0.5 * (a + b) for a, b in zip(j["hipl"], j["hipr"]))
-    limbs += [(j["neck"], middle, (0.075 * s, 0.075 * s), clothes.top), (j["neck"], j["head"], (0.03 * s, 0.03 * s), clothes.skin),
-              (j["head"], j["head"], (0.062 * s, 0.062 * s), clothes.skin)]
+    limbs += [
+        (j["neck"], middle, (0.075 * s, 0.075 * s), clothes.top),
+        (j["neck"], j["head"], (0.03 * s, 0.03 * s), clothes.skin),
+        (j["head"], j["head"], (0.062 * s, 0.062 * s), clothes.skin),
+    ]
     crown = tuple(np.add(j["head"], (-0.018 * s, 0.03 * s, 0)))
     return limbs + [(crown, crown, (0.058 * s, 0.058 * s), clothes.hair)]
 
@@ -744,7 +873,6 @@ def _draw_limbs(stage, limbs, pose, label, owner=0):
     placed = [(*pose.place([a, b]), radii, look) for a, b, radii, look in limbs]
     for a, b, radii, look in sorted(placed, key=lambda limb: -(limb[0][2] + limb[1][2])):
         _limb(stage, a, b, radii, look, label, owner)
-
 
 # %% ../../nbs/03_data/08_scenes.ipynb #03108786
 def _limb_shadow(stage, limbs, pose):
@@ -758,18 +886,21 @@ def _limb_shadow(stage, limbs, pose):
         fallen = [(x - sx * y + r * c, 0.0, z - sz * y + r * d) for (x, y, z), r in ends for c, d in circle]
         _dim(stage, _hull(stage.view.project(fallen)))
 
+# %% ../../nbs/03_data/08_scenes.ipynb #4f5023d4
 def _walker(rng, tall):
     "Joints of somebody who walks or stands, metres; body coordinates are (forward, up, left)."
     swing, lean = _between(rng, -1, 1), _between(rng, 0, 0.02)
     joints = {"neck": (lean, 0.83, 0), "head": (lean + 0.015, 0.925, 0)}
     for k, side, s in (("l", 1, swing), ("r", -1, -swing)):
-        joints |= {"hip" + k: (0, 0.5, 0.05 * side), "knee" + k: (0.1 * s + 0.025, 0.275, 0.055 * side),
-                   "foot" + k: (0.17 * s - 0.01, 0.04 + 0.02 * abs(s), 0.05 * side), "shoulder" + k: (lean, 0.79, 0.105 * side),
-                   "elbow" + k: (-0.09 * s - 0.01, 0.64, 0.135 * side), "hand" + k: (-0.15 * s + 0.04, 0.49, 0.13 * side)}
+        joints |= {
+            "hip" + k: (0, 0.5, 0.05 * side), "knee" + k: (0.1 * s + 0.025, 0.275, 0.055 * side),
+            "foot" + k: (0.17 * s - 0.01, 0.04 + 0.02 * abs(s), 0.05 * side),
+            "shoulder" + k: (lean, 0.79, 0.105 * side), "elbow" + k: (-0.09 * s - 0.01, 0.64, 0.135 * side),
+            "hand" + k: (-0.15 * s + 0.04, 0.49, 0.13 * side),
+        }
     if _chance(rng, 0.15): joints |= {"elbowr": (0.05, 0.86, -0.19), "handr": (0.04, 1.0, -0.22)}
     if _chance(rng, 0.2): joints |= {"elbowl": (0.02, 0.66, 0.15), "handl": (0.13, 0.72, 0.06)}
     return {name: tuple(tall * c for c in at) for name, at in joints.items()}
-
 
 # %% ../../nbs/03_data/08_scenes.ipynb #9e15fa1a
 def _person(stage, rng, pose):
@@ -777,29 +908,42 @@ def _person(stage, rng, pose):
     tall, clothes = _between(rng, 1.1, 1.4) if _chance(rng, 0.15) else _between(rng, 1.58, 1.9), _clothes(rng)
     joints, cold = _walker(rng, tall), _dye(rng, "bag", 0.38)
     limbs, hand = _body(joints, clothes, tall), np.array(joints["handl"])
-    if _chance(rng, 0.3): limbs.append(((-0.12 * tall, 0.76 * tall, 0), (-0.13 * tall, 0.62 * tall, 0), (0.07 * tall, 0.08 * tall), cold))
-    elif _chance(rng, 0.3): limbs.append((tuple(hand - (0, 0.1, 0)), tuple(hand - (0, 0.22, 0)), (0.06, 0.1), cold))
+    if _chance(rng, 0.3):
+        limbs.append(
+            ((-0.12 * tall, 0.76 * tall, 0), (-0.13 * tall, 0.62 * tall, 0), (0.07 * tall, 0.08 * tall), cold)
+        )
+    elif _chance(rng, 0.3):
+        limbs.append((tuple(hand - (0, 0.1, 0)), tuple(hand - (0, 0.22, 0)), (0.06, 0.1), cold))
     _limb_shadow(stage, limbs, pose)
     with stage.thing("people") as owner: _draw_limbs(stage, limbs, pose, PERSON, owner)
 
 # %% ../../nbs/03_data/08_scenes.ipynb #ba8b9869
 def _ring(l, radius, thick, look):
     "A wheel as a ring of limbs in the plane of travel."
-    at = [(l + radius * math.cos(k * math.pi / 6), radius + thick + radius * math.sin(k * math.pi / 6), 0.0) for k in range(13)]
+    at = [
+        (l + radius * math.cos(k * math.pi / 6), radius + thick + radius * math.sin(k * math.pi / 6), 0.0)
+        for k in range(13)
+    ]
     return [(a, b, (thick, thick), look) for a, b in zip(at, at[1:])]
 
+# %% ../../nbs/03_data/08_scenes.ipynb #80a8d9f8
 def _rider(seat, hands, feet):
     "Joints of somebody on two wheels."
-    joints = {"neck": (0.4 * seat[0] + 0.6 * hands[0] - 0.15, seat[1] + 0.5, 0), "head": (0.4 * seat[0] + 0.6 * hands[0] - 0.08, seat[1] + 0.68, 0)}
+    joints = {
+        "neck": (0.4 * seat[0] + 0.6 * hands[0] - 0.15, seat[1] + 0.5, 0),
+        "head": (0.4 * seat[0] + 0.6 * hands[0] - 0.08, seat[1] + 0.68, 0),
+    }
     neck = joints["neck"]
     for k, side in (("l", 1), ("r", -1)):
         foot = (feet[0] + 0.1 * side * feet[2], feet[1] + 0.12 * side * feet[2], 0.13 * side)
-        joints |= {"hip" + k: (seat[0], seat[1], 0.1 * side), "shoulder" + k: (neck[0], neck[1] - 0.06, 0.19 * side),
-                   "elbow" + k: (0.5 * (neck[0] + hands[0]), 0.5 * (neck[1] + hands[1]) - 0.08, 0.27 * side),
-                   "hand" + k: (hands[0], hands[1], 0.24 * side), "foot" + k: foot,
-                   "knee" + k: (0.5 * (seat[0] + foot[0]) + 0.22, 0.5 * (seat[1] + foot[1]) + 0.06, 0.15 * side)}
+        joints |= {
+            "hip" + k: (seat[0], seat[1], 0.1 * side),
+            "shoulder" + k: (neck[0], neck[1] - 0.06, 0.19 * side),
+            "elbow" + k: (0.5 * (neck[0] + hands[0]), 0.5 * (neck[1] + hands[1]) - 0.08, 0.27 * side),
+            "hand" + k: (hands[0], hands[1], 0.24 * side), "foot" + k: foot,
+            "knee" + k: (0.5 * (seat[0] + foot[0]) + 0.22, 0.5 * (seat[1] + foot[1]) + 0.06, 0.15 * side),
+        }
     return joints
-
 
 # %% ../../nbs/03_data/08_scenes.ipynb #edffec26
 def _bicycle(stage, rng, pose):
@@ -809,7 +953,10 @@ def _bicycle(stage, rng, pose):
     back, crank, saddle, head, front = (-0.52, 0.34), (-0.12, 0.3), (-0.22, 0.85), (0.36, 0.8), (0.52, 0.34)
     for a, b in ((back, crank), (crank, saddle), (saddle, head), (crank, head), (front, (0.34, 0.98)), (back, saddle)):
         limbs.append(((*a, 0), (*b, 0), (0.03, 0.03), frame))
-    limbs += [((0.34, 0.98, -0.25), (0.34, 0.98, 0.25), (0.03, 0.03), tyre), ((-0.34, 0.9, 0), (-0.12, 0.9, 0), (0.05, 0.05), tyre)]
+    limbs += [
+        ((0.34, 0.98, -0.25), (0.34, 0.98, 0.25), (0.03, 0.03), tyre),
+        ((-0.34, 0.9, 0), (-0.12, 0.9, 0), (0.05, 0.05), tyre),
+    ]
     _shadow(stage, pose.place([(l, 0, w) for l in (-0.8, 0.8) for w in (-0.15, 0.15)]), 1.6)
     _draw_limbs(stage, limbs, pose, BIKE)
     if not _chance(rng, 0.8): return
@@ -819,7 +966,9 @@ def _bicycle(stage, rng, pose):
 # %% ../../nbs/03_data/08_scenes.ipynb #d0b78f71
 def _motorcycle(stage, rng, pose):
     "A motorcycle with hot engine and exhaust, mostly with a helmeted rider."
-    paint, tyre, steel, front = _dye(rng, "motorcycle", 0.42), _look((0.08, 0.08, 0.08), 0.62), _look((0.6, 0.59, 0.57), 0.4), 0.7
+    paint, tyre, steel, front = (
+        _dye(rng, "motorcycle", 0.42), _look((0.08, 0.08, 0.08), 0.62), _look((0.6, 0.59, 0.57), 0.4), 0.7,
+    )
     limbs = _ring(-0.66, 0.25, 0.075, tyre) + _ring(front, 0.25, 0.075, tyre)
     for a, b, radii, look in (
             ((front, 0.33), (0.45, 0.95), (0.05, 0.05), steel), ((-0.66, 0.33), (0.0, 0.45), (0.06, 0.08), DARK),  # fork, swing arm
@@ -832,10 +981,14 @@ def _motorcycle(stage, rng, pose):
     with stage.thing("motorcycle") as owner: _draw_limbs(stage, limbs, pose, BIKE, owner)
     if _chance(rng, 0.8): _motorcyclist(stage, rng, pose)
 
+# %% ../../nbs/03_data/08_scenes.ipynb #f06614d9
 def _motorcyclist(stage, rng, pose):
     "The rider, in leather and a helmet."
     helmet, gloves = _dye(rng, "helmet", 0.6), _look((0.2, 0.2, 0.2), 0.7)
-    clothes = Clothes(gloves, helmet, _dye(rng, "leather", 0.76), _look((0.15, 0.17, 0.22), 0.74), _look((0.1, 0.1, 0.1), 0.6))
+    clothes = Clothes(
+        gloves, helmet, _dye(rng, "leather", 0.76), _look((0.15, 0.17, 0.22), 0.74),
+        _look((0.1, 0.1, 0.1), 0.6),
+    )
     joints = _rider((-0.22, 0.93), (0.4, 1.05), (0.0, 0.36, 0))
     dome = tuple(np.add(joints["head"], (0, 0.03, 0)))
     limbs = [*_body(joints, clothes, 1.75), (joints["head"], dome, (0.145, 0.14), helmet)]
@@ -853,24 +1006,32 @@ def _cone(stage, rng, x, z):
     slab(0.06, tall, 0.17, 0.035, orange)
     slab(tall * 0.42, tall * 0.66, 0.112, 0.078, _look((0.93, 0.92, 0.9), 0.38))
 
-
 # %% ../../nbs/03_data/08_scenes.ipynb #adcd5330
 def _wheel_stop(stage, rng, pose):
     "MFNet's car stop: a low concrete block with painted ends."
     concrete, paint = _look((0.74, 0.73, 0.7), 0.29), _look((0.9, 0.75, 0.15), 0.3)
     _shadow(stage, pose.place([(l, 0, w) for l in (-0.17, 0.17) for w in (-0.95, 0.95)]), 0.25)
-    profile, faces = [(-0.17, 0.0), (0.17, 0.0), (0.12, 0.26), (-0.12, 0.26)], [None, concrete, _shift(concrete, by=1.15), concrete]
+    profile, faces = (
+        [(-0.17, 0.0), (0.17, 0.0), (0.12, 0.26), (-0.12, 0.26)],
+        [None, concrete, _shift(concrete, by=1.15), concrete],
+    )
     block = _prism(profile, 0.95, _shift(concrete, by=0.8), faces)
     for w0, w1 in ((-0.95, -0.6), (0.6, 0.95), (-0.17, 0.17)):
-        block += [([(s * 0.17, 0.02, w0), (s * 0.17, 0.02, w1), (s * 0.12, 0.26, w1), (s * 0.12, 0.26, w0)], paint) for s in (1, -1)]
+        block += [
+            ([(s * 0.17, 0.02, w0), (s * 0.17, 0.02, w1), (s * 0.12, 0.26, w1), (s * 0.12, 0.26, w0)], paint)
+            for s in (1, -1)
+        ]
     _solid(stage, block, pose, CAR_STOP, 0)
 
+# %% ../../nbs/03_data/08_scenes.ipynb #8eeabb6a
 def _bollard(stage, rng, x, z):
     "The other car stop: a concrete post with a band."
     tall = _between(rng, 0.65, 0.9)
     _shadow(stage, np.array([(x + a, 0, z + b) for a in (-0.13, 0.13) for b in (-0.13, 0.13)]), tall)
     _limb(stage, (x, 0.02, z), (x, tall, z), (0.15, 0.14), _look((0.74, 0.73, 0.7), 0.28), CAR_STOP)
-    _limb(stage, (x, tall * 0.72, z), (x, tall * 0.82, z), (0.15, 0.15), _look((0.9, 0.75, 0.15), 0.3), CAR_STOP)
+    _limb(
+        stage, (x, tall * 0.72, z), (x, tall * 0.82, z), (0.15, 0.15), _look((0.9, 0.75, 0.15), 0.3), CAR_STOP
+    )
 
 # %% ../../nbs/03_data/08_scenes.ipynb #d76c2280
 class Layout:
@@ -908,7 +1069,9 @@ def _add_vehicles(layout, rng):
         side = _pick(rng, (-1, 1))
         lane = (0.42, 0.58) if _chance(rng, 0.6) else (0.85, 1.0)
         low = near + (1.5 if name == "motorcycle" else clear * 1.3)
-        at = layout.place(z=(low, low + _between(rng, 8, 26)), off=tuple(side * road.half * o for o in lane), clear=clear)
+        at = layout.place(
+            z=(low, low + _between(rng, 8, 26)), off=tuple(side * road.half * o for o in lane), clear=clear
+        )
         if at is None: continue
         along = math.atan(road.b + 2 * road.c * at[1]) + _between(rng, -0.06, 0.06)
         yaw = along + (math.pi if side < 0 else 0.0)
@@ -916,7 +1079,6 @@ def _add_vehicles(layout, rng):
         pose = Pose(*at, yaw)
         if name == "motorcycle": layout.add(at[1], _motorcycle, rng, pose)
         else: layout.add(at[1], _vehicle, rng, name, pose)
-
 
 # %% ../../nbs/03_data/08_scenes.ipynb #2504d69d
 def _add_people(layout, rng):
@@ -941,14 +1103,20 @@ def _add_furniture(layout, rng):
             at = layout.place(z=(near + 3, near + 16), off=(edge, edge + 0.3 * side), clear=0.4)
             if at: layout.add(at[1], _lamp, rng, *at, -side)
         for _ in range(int(_between(rng, 0, 5))):
-            at = layout.place(z=(near + 5, near + 40), off=(side * (road.half + 0.8), side * (road.half + road.walk + 6)), clear=1.0)
+            at = layout.place(
+                z=(near + 5, near + 40), off=(side * (road.half + 0.8), side * (road.half + road.walk + 6)),
+                clear=1.0,
+            )
             if at: layout.add(at[1], _pick(rng, (_tree, _tree, _bush)), rng, *at)
         if _chance(rng, 0.32): _add_rails(layout, rng, edge * 1.02)
 
+# %% ../../nbs/03_data/08_scenes.ipynb #8f45a993
 def _add_rails(layout, rng, edge):
     "A guardrail of several spans along one side."
     z0, step = layout.nearest() + _between(rng, 0, 5), _between(rng, 2.4, 3.2)
-    posts = [(layout.road.centre(z) + edge, z) for z in (z0 + step * k for k in range(int(_between(rng, 4, 11))))]
+    posts = [
+        (layout.road.centre(z) + edge, z) for z in (z0 + step * k for k in range(int(_between(rng, 4, 11))))
+    ]
     for p0, p1 in zip(posts, posts[1:]): layout.add(p0[1], _rail, p0, p1)
 
 # %% ../../nbs/03_data/08_scenes.ipynb #f5ef7de5
@@ -962,10 +1130,13 @@ def _add_works(layout, rng):
             if at: layout.add(at[1], _cone, rng, *at)
     if _chance(rng, 0.65): _add_stops(layout, rng)
 
+# %% ../../nbs/03_data/08_scenes.ipynb #bce96615
 def _add_stops(layout, rng):
     "A row of wheel stops or of bollards."
     road, near, side = layout.road, layout.nearest(1.1), _pick(rng, (-1, 1))
-    z, off, block = near + _between(rng, 0, 6), side * (road.half + _between(rng, -0.6, 0.7)), _chance(rng, 0.5)
+    z, off, block = (
+        near + _between(rng, 0, 6), side * (road.half + _between(rng, -0.6, 0.7)), _chance(rng, 0.5),
+    )
     yaw = math.pi / 2 if _chance(rng, 0.6) else 0.0
     for k in range(int(_between(rng, 2, 6))):
         d, o = (z + 2.7 * k, off) if yaw else (z, off - side * 2.7 * k)
@@ -991,7 +1162,10 @@ def _add_houses(layout, rng):
             p0, p1 = ((road.centre(d) + side * set_back, d) for d in (z, z + deep))
             light, wide = _between(rng, 0.6, 1.05), _between(rng, 8, 14)
             layout.add(1000 + z + 0.2, _house, facade, p0, p1, light)
-            if side * p0[0] > 0: layout.add(1000 + z + 0.1, _house, facade, p0, (p0[0] + side * wide, z), 1.1 - 0.4 * (light > 0.8))
+            if side * p0[0] > 0:
+                layout.add(
+                    1000 + z + 0.1, _house, facade, p0, (p0[0] + side * wide, z), 1.1 - 0.4 * (light > 0.8)
+                )
             z += deep + gap
 
 # %% ../../nbs/03_data/08_scenes.ipynb #1d5bbb85
@@ -1004,7 +1178,8 @@ def _compose(seed, size):
     stage = Stage(view, tile, sun / math.sqrt(float(sum(sun * sun))))
     _sky(stage, texture)
     _hills(stage, texture, depth=240.0, height=_between(rng, 6, 26), colour=(0.42, 0.48, 0.45), heat=0.24)
-    if _chance(rng, 0.8): _hills(stage, texture, depth=95.0, height=_between(rng, 3, 8), colour=(0.27, 0.35, 0.19), heat=0.26)
+    if _chance(rng, 0.8):
+        _hills(stage, texture, depth=95.0, height=_between(rng, 3, 8), colour=(0.27, 0.35, 0.19), heat=0.26)
     ground, layout = Ground(stage, road), Layout(rng, view, road)
     _street(ground, rng)
     _marks(ground, rng)
@@ -1043,7 +1218,6 @@ def _places(stage):
     y = np.arange(view.height, dtype=np.float32)[:, None] + np.float32(0.5 - view.horizon)
     return x * z / np.float32(view.focal), np.float32(view.camera) - y * z / np.float32(view.focal), z
 
-
 # %% ../../nbs/03_data/08_scenes.ipynb #821e57c5
 def _beam(places, at, heading):
     "Light of a pair of headlights at a place."
@@ -1055,6 +1229,7 @@ def _beam(places, at, heading):
     q = 1 + np.maximum(aside, 0) / (wide * wide)
     return np.minimum(ahead, 1) / ((1 + ahead * ahead / 90) * q * q)
 
+# %% ../../nbs/03_data/08_scenes.ipynb #f0f55d05
 def _night_light(stage, rng, light):
     "Add lamps and headlights to the light H×W×3."
     # a camera opens up until the scene is legible: the more lamps, the less each one counts
@@ -1064,7 +1239,8 @@ def _night_light(stage, rng, light):
             d2 = sum((p - np.float32(a)) ** 2 for p, a in zip(places, at))
             light += (power / (1 + d2 / 10))[..., None] * np.array(extra, np.float32) ** 2
         else: light += (0.8 * _beam(places, at, extra))[..., None] * np.array((1, 0.95, 0.82), np.float32)
-    if _chance(rng, 0.5): light += (0.6 * _beam(places, (0, 0.8, 0), (0, 1)))[..., None] * np.array((1, 0.96, 0.86), np.float32)
+    if _chance(rng, 0.5):
+        light += (0.6 * _beam(places, (0, 0.8, 0), (0, 1)))[..., None] * np.array((1, 0.96, 0.86), np.float32)
     return light
 
 # %% ../../nbs/03_data/08_scenes.ipynb #a3bf1d9b
@@ -1091,26 +1267,35 @@ def _halo(stage, at, size, strength):
     rays = 1 / (1 + 12 * np.abs(x * y) / np.float32(size * size)) / (1 + q)
     return np.float32(strength) * (2.5 / (1 + q * q) + 0.5 / (1 + q / 7) + 0.5 * streak + 0.5 * rays)
 
-
 # %% ../../nbs/03_data/08_scenes.ipynb #b5cb7cc3
 def _glare_sources(stage, rng):
     "Kind of light, and (column, row, size, strength) of each source: oncoming headlights if there are any, or a low sun."
     view = stage.view
     for what, at, heading in stage.lights:
         column, row = view.project([at])[0]
-        seen = 0 < column < view.width and 0 < row < view.height and stage.depth[int(row), int(column)] > at[2] - 1
+        seen = (
+            0 < column < view.width
+            and 0 < row < view.height
+            and stage.depth[int(row), int(column)] > at[2] - 1
+        )
         if what == "head" and heading[1] < -0.8 and seen and _chance(rng, 0.7):
             size, gap = view.height * _between(rng, 0.05, 0.08), 0.6 * view.scale(at[2])
             return "dusk", [(column - gap, row, size, 0.8), (column + gap, row, size, 0.8)]
-    column, row = view.width * _between(rng, 0.12, 0.88), view.horizon - view.height * _between(rng, 0.02, 0.2)
+    column, row = (
+        view.width * _between(rng, 0.12, 0.88),
+        view.horizon - view.height * _between(rng, 0.02, 0.2),
+    )
     return "glare", [(column, row, view.height * _between(rng, 0.06, 0.12), 1.0)]
 
+# %% ../../nbs/03_data/08_scenes.ipynb #66c9e884
 def _bloom(linear, size):
     "Spread what exceeds white over its neighbourhood, at a quarter of the resolution."
     h, w = linear.shape[:2]
     over = np.pad(np.clip(linear - 0.9, 0, 4), ((0, -h % 4), (0, -w % 4), (0, 0)))
     small = sum(over[i::4, j::4] for i in range(4) for j in range(4)) / 16
-    wide = ndimage.gaussian_filter(small, (size, size, 0)) * 3 + ndimage.gaussian_filter(small, (size / 4, size / 4, 0))
+    wide = ndimage.gaussian_filter(small, (size, size, 0)) * 3 + ndimage.gaussian_filter(
+        small, (size / 4, size / 4, 0)
+    )
     wide = np.pad(wide, ((0, 1), (0, 1), (0, 0)), mode="edge")
     return linear + np.stack([_stretch(wide[..., c], over.shape[:2])[:h, :w] for c in range(3)], 2)
 
@@ -1120,8 +1305,9 @@ def _expose(linear, rng, *, noise):
     linear = ndimage.gaussian_filter(linear, (0.0016 * linear.shape[0], 0.0016 * linear.shape[0], 0))
     screen = np.sqrt(np.clip(linear, 0, 1))
     grain = _bell(rng, linear.shape) * 0.6 + _bell(rng, linear.shape[:2])[..., None] * 0.8
-    return np.rint(np.clip(screen + grain * (np.float32(noise) * (1.15 - screen)), 0, 1) * 255).astype(np.uint8)
-
+    return np.rint(np.clip(screen + grain * (np.float32(noise) * (1.15 - screen)), 0, 1) * 255).astype(
+        np.uint8
+    )
 
 # %% ../../nbs/03_data/08_scenes.ipynb #c57bc7cc
 def _visible(stage, rng, kind, smoke):
@@ -1129,7 +1315,9 @@ def _visible(stage, rng, kind, smoke):
     light_kind, sources = _glare_sources(stage, rng) if kind == "glare" else (kind, [])
     dark = light_kind in ("night", "dusk")
     ambient = np.array(AMBIENT[light_kind], np.float32) * np.float32(_between(rng, 0.85, 1.1))
-    shadow = stage.surface[..., 5] * np.float32({"day": _pick(rng, (0.3, 0.55)), "glare": 0.5}.get(light_kind, 0.2))
+    shadow = stage.surface[..., 5] * np.float32(
+        {"day": _pick(rng, (0.3, 0.55)), "glare": 0.5}.get(light_kind, 0.2)
+    )
     light = np.broadcast_to(ambient, (*shadow.shape, 3)) * (1 - shadow[..., None])
     if dark: light = _night_light(stage, rng, light.copy())
     light = np.where((stage.depth >= FAR)[..., None], ambient, light)
@@ -1138,7 +1326,9 @@ def _visible(stage, rng, kind, smoke):
     linear = _veil(linear, 1 / (1 + stage.depth / (6000 if dark else 1300)), ambient * 0.75)
     if smoke is not None: linear = _veil(linear, smoke, (0.56, 0.56, 0.57))
     for column, row, size, strength in sources:
-        linear = linear + _halo(stage, (column, row), size, strength)[..., None] * np.array((1, 0.93, 0.8), np.float32)
+        linear = linear + _halo(stage, (column, row), size, strength)[..., None] * np.array(
+            (1, 0.93, 0.8), np.float32
+        )
     linear = _bloom(linear, stage.view.height / 40)
     return _expose(linear, rng, noise={"night": 0.03, "dusk": 0.022}.get(light_kind, 0.009))
 
@@ -1149,11 +1339,19 @@ def _check(seed, size, kind):
     "Name what is wrong with the arguments of a scene."
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise InputError(f"seed: expected an integer of at least 0, found {seed!r}")
-    whole = isinstance(size, tuple | list) and len(size) == 2 and all(isinstance(n, int | np.integer) for n in size)
-    if not whole: raise InputError(f"size: expected (height, width) in pixels, found {size!r}")
-    if min(size) < SMALLEST: raise InputError(f"size: {size[0]}×{size[1]} is too small; both sides need at least {SMALLEST} pixels")
-    if kind is not None and kind not in KINDS: raise InputError(f"kind: {kind!r} is unknown; choose one of {', '.join(KINDS)}")
-
+    whole = (
+        isinstance(size, tuple | list)
+        and len(size) == 2
+        and all(isinstance(n, int | np.integer) for n in size)
+    )
+    if not whole:
+        raise InputError(f"size: expected (height, width) in pixels, found {size!r}")
+    if min(size) < SMALLEST:
+        raise InputError(
+            f"size: {size[0]}×{size[1]} is too small; both sides need at least {SMALLEST} pixels"
+        )
+    if kind is not None and kind not in KINDS:
+        raise InputError(f"kind: {kind!r} is unknown; choose one of {', '.join(KINDS)}")
 
 # %% ../../nbs/03_data/08_scenes.ipynb #c98ee2c5
 def _boxes(stage):
@@ -1203,6 +1401,7 @@ def _write_png(path, image):
     "Write an image with fixed settings, atomically."
     with atomic_path(path) as part: Image.fromarray(image).save(part, format="PNG", compress_level=4)
 
+# %% ../../nbs/03_data/08_scenes.ipynb #0fd2b5b1
 def write_scenes(
     folder: str | Path,  # made if missing; receives ir/, vi/, masks/ and boxes/
     n: int,  # number of scenes

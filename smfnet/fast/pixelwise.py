@@ -30,9 +30,12 @@ def _join(strips: Sequence[Tensor]) -> Tensor:
     "Strips below each other in one map, channels last."
     b, c, _, w = strips[0].shape
     out, y = strips[0].new_empty(b, sum(s.shape[2] for s in strips), w, c).permute(0, 3, 1, 2), 0
-    for s in strips: out[:, :, y:y + s.shape[2]] = s; y += s.shape[2]
+    for s in strips:
+        out[:, :, y : y + s.shape[2]] = s
+        y += s.shape[2]
     return out
 
+# %% ../../nbs/04_fast/02_pixelwise.ipynb #a7fa31f0
 class _Split(torch.autograd.Function):
     "A map as strips of some rows."
     @staticmethod
@@ -42,6 +45,7 @@ class _Split(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads): return None, _join(grads)
 
+# %% ../../nbs/04_fast/02_pixelwise.ipynb #be83fdeb
 class _Join(torch.autograd.Function):
     "Strips of `rows` rows (the last may have fewer) as a map."
     @staticmethod
@@ -51,7 +55,8 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad): return None, *(_strip(grad, y, ctx.rows) for y in range(0, grad.shape[2], ctx.rows))
+    def backward(ctx, grad):
+        return None, *(_strip(grad, y, ctx.rows) for y in range(0, grad.shape[2], ctx.rows))
 
 # %% ../../nbs/04_fast/02_pixelwise.ipynb #21d32393
 class _Recomputed(torch.autograd.Function):
@@ -60,14 +65,20 @@ class _Recomputed(torch.autograd.Function):
     def forward(ctx, f, rows, n, *tensors):
         ctx.f, ctx.rows, ctx.n = f, rows, n
         ctx.save_for_backward(*tensors)
-        parts = [_as_tuple(f(*(_strip(x, y, rows) for x in tensors[:n]))) for y in range(0, tensors[0].shape[2], rows)]
+        parts = [
+            _as_tuple(f(*(_strip(x, y, rows) for x in tensors[:n])))
+            for y in range(0, tensors[0].shape[2], rows)
+        ]
         return tuple(_join(strips) for strips in zip(*parts))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
         inputs, parameters = ctx.saved_tensors[:ctx.n], ctx.saved_tensors[ctx.n:]
-        to_inputs, to_parameters = [torch.empty_like(x) for x in inputs], [torch.zeros_like(p) for p in parameters]
+        to_inputs, to_parameters = (
+            [torch.empty_like(x) for x in inputs],
+            [torch.zeros_like(p) for p in parameters],
+        )
         for y in range(0, inputs[0].shape[2], ctx.rows):
             with torch.enable_grad():
                 strips = [_strip(x.detach(), y, ctx.rows).requires_grad_() for x in inputs]
@@ -87,6 +98,7 @@ def recompute() -> Iterator[None]:
     try: yield
     finally: _choice["recompute"] = before
 
+# %% ../../nbs/04_fast/02_pixelwise.ipynb #71a616e8
 def pixelwise(
     f: Callable[..., Tensor | tuple[Tensor, ...]],  # B×C×H×W maps -> B×C'×H×W maps, every pixel by itself
     *inputs: Tensor,  # B×C×H×W, of equal height
@@ -95,9 +107,11 @@ def pixelwise(
 ) -> tuple[Tensor, ...]:  # what f gives for the whole maps
     "f(*inputs), on CPUs strip by strip, with gradients to inputs and parameters; once differentiable."
     device = inputs[0].device.type
-    if device != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled(device): return _as_tuple(f(*inputs))
+    if device != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
+        return _as_tuple(f(*inputs))
     rows = _rows(inputs, strip_bytes)
     if rows >= inputs[0].shape[2]: return _as_tuple(f(*inputs))
-    if _choice["recompute"]: return _Recomputed.apply(f, rows, len(inputs), *inputs, *(p for p in parameters if p.requires_grad))
+    if _choice["recompute"]:
+        return _Recomputed.apply(f, rows, len(inputs), *inputs, *(p for p in parameters if p.requires_grad))
     parts = [_as_tuple(f(*strips)) for strips in zip(*(_Split.apply(rows, x) for x in inputs))]
     return tuple(_Join.apply(rows, *strips) for strips in zip(*parts))

@@ -22,16 +22,20 @@ from ..network.cai import GRDB, AffineCoupling, CrossAttention, InverseCoupling,
 from ..core.checks import InputError, check_pair
 from ..network.graph import DILATIONS, CrossModalExchange, GraphReasoning, ScaleReasoning
 from ..network.model import SMFNet
-from .tiles import (GELU, RELU6, Box, Convolution, FeatureMap, Gram, Patch, Plane, Sweep, free_memory, gram, parse_memory,
-                              show_memory, worker_threads)
+from .tiles import (GELU, RELU6, Box, Convolution, FeatureMap, Gram, Patch, Plane, Sweep,
+                               free_memory, gram, parse_memory, show_memory, worker_threads)
 
 # %% ../../nbs/04_fast/04_prepared.ipynb #3ad51fc5
 def _conv(layer: nn.Conv2d, **kwargs) -> Convolution:
     "A convolution as it is."
-    return Convolution(layer.weight, layer.bias, dilation=layer.dilation[0], groups=layer.groups, reflect=layer.padding_mode == "reflect", **kwargs)
+    return Convolution(
+        layer.weight, layer.bias, dilation=layer.dilation[0], groups=layer.groups,
+        reflect=layer.padding_mode == "reflect", **kwargs,
+    )
 
 def _leaky(slope: float) -> tuple: return ("leaky_relu", slope)
 
+# %% ../../nbs/04_fast/04_prepared.ipynb #d7fd9104
 def fold_norm(
     norm: nn.LayerNorm,  # weight γ and bias β, C each
     weight: Tensor,  # outputs×C×1×1, the 1×1 convolution that follows
@@ -39,6 +43,7 @@ def fold_norm(
     "W (γ n + β) = (W γ) n + W β."
     return weight * norm.weight[:, None, None], weight[:, :, 0, 0] @ norm.bias
 
+# %% ../../nbs/04_fast/04_prepared.ipynb #cd596649
 def fold_batch_norm(
     conv: nn.Conv2d,  # without bias
     norm: nn.BatchNorm2d,  # in evaluation mode
@@ -47,19 +52,24 @@ def fold_batch_norm(
     scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
     return conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
 
+# %% ../../nbs/04_fast/04_prepared.ipynb #b20bab0d
 def normalise(
     x: Patch,  # B×C×h×w
     norm: nn.LayerNorm | None = None,  # its affine part; None: without
 ) -> Patch:
     "Layer normalisation over the channels of each pixel."
     weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
-    return x.of(F.layer_norm(x.data.permute(0, 2, 3, 1), (x.data.shape[1],), weight, bias, 1e-5).permute(0, 3, 1, 2))
+    return x.of(
+        F.layer_norm(x.data.permute(0, 2, 3, 1), (x.data.shape[1],), weight, bias, 1e-5).permute(0, 3, 1, 2)
+    )
 
 # %% ../../nbs/04_fast/04_prepared.ipynb #9f17117f
 def _split(pair: tuple[Tensor, Tensor | None], at: int) -> list[list[Tensor | None]]:
     "The first `at` outputs of a weight and its bias, and the others."
-    return [[None if t is None else t[part].contiguous() for t in pair] for part in (slice(0, at), slice(at, None))]
-
+    return [
+        [None if t is None else t[part].contiguous() for t in pair]
+        for part in (slice(0, at), slice(at, None))
+    ]
 
 # %% ../../nbs/04_fast/04_prepared.ipynb #d2444fe3
 class Attention:
@@ -74,7 +84,10 @@ class Attention:
     ):
         c = len(out[0])
         (qk, v), (local_qk, local_v) = _split(qkv, 2 * c), _split(local, 2 * c)
-        self.qk, self.v, self.local_qk, self.local_v = Convolution(*qk), Convolution(*v), Convolution(*local_qk, groups=2 * c), Convolution(*local_v, groups=c)
+        self.qk, self.v, self.local_qk, self.local_v = (
+            Convolution(*qk), Convolution(*v), Convolution(*local_qk, groups=2 * c),
+            Convolution(*local_v, groups=c),
+        )
         self.out, self.temperature = out, temperature
 
     def sums(self, x: Patch, box: Box) -> Gram:
@@ -97,9 +110,13 @@ class Block1:
     reach = 2
     def __init__(self, block: TransformerBlock):
         a = block.attention
-        self.attention = Attention(fold_norm(block.norm1, a.qkv.weight), (a.local.weight, None), (a.out.weight, None), a.temperature)
+        self.attention = Attention(
+            fold_norm(block.norm1, a.qkv.weight), (a.local.weight, None), (a.out.weight, None), a.temperature
+        )
         self.norm, f = block.norm2, block.feed_forward
-        self.expand, self.local, self.reduce = (_conv(c, activation=GELU) for c in (f.expand, f.local, f.reduce))
+        self.expand, self.local, self.reduce = (
+            _conv(c, activation=GELU) for c in (f.expand, f.local, f.reduce)
+        )
 
     def sums(self, x: Patch, box: Box) -> Gram:
         "What a box adds to the sums; `x` reaches one pixel further."
@@ -126,7 +143,10 @@ class Block2:
         self.norm, self.temperature, self.out = block.norm1, a.temperature, a.out.weight[:, :, 0, 0].double()
         self.qk, self.v = Convolution(kernel[:2 * c].contiguous()), kernel[2 * c:].double()
         expand, _, reduce = block.feed_forward
-        self.expand, self.reduce = Convolution(*fold_norm(block.norm2, expand.weight), activation=GELU), _conv(reduce)
+        self.expand, self.reduce = (
+            Convolution(*fold_norm(block.norm2, expand.weight), activation=GELU),
+            _conv(reduce),
+        )
 
     def sums(self, x: Patch, box: Box) -> Gram:
         "What a box adds to the sums; `x` reaches one pixel further."
@@ -143,7 +163,6 @@ class Block2:
         x = kernel(normalise(x, self.norm), add=x)
         return self.reduce(self.expand(normalise(x)), add=x)
 
-
 # %% ../../nbs/04_fast/04_prepared.ipynb #97a6622a
 def prepare_block(
     block: TransformerBlock,
@@ -156,7 +175,9 @@ class Dense:
     "GRDB on patches."
     reach = 3
     def __init__(self, block: GRDB):
-        self.first, self.dense1, self.dense2 = (_conv(c, activation=_leaky(0.2)) for c in (block.first, block.dense1, block.dense2))
+        self.first, self.dense1, self.dense2 = (
+            _conv(c, activation=_leaky(0.2)) for c in (block.first, block.dense1, block.dense2)
+        )
         self.gx, self.gy = _conv(block.sobel.x), _conv(block.sobel.y)
         weight = torch.cat([block.narrow.weight, block.gradient.weight], 1)
         self.narrow = Convolution(weight, block.narrow.bias + block.gradient.bias, activation=_leaky(0.1))
@@ -171,7 +192,6 @@ class Dense:
         sobel = self.gx(near).data.abs_().add_(self.gy(near).data.abs_())
         return self.narrow(d2.of(torch.cat([both.crop(d2.box).data, d2.data, sobel], 1)))
 
-
 # %% ../../nbs/04_fast/04_prepared.ipynb #a9518ed8
 def _stack(*convs: nn.Conv2d) -> Tensor:
     "Kernels of convolutions that read the same input."
@@ -181,6 +201,7 @@ def _block_diagonal(*weights: Tensor) -> Tensor:  # outputs×inputs×1×1 each
     "One 1×1 convolution that treats groups of channels separately."
     return torch.block_diag(*(w[:, :, 0, 0] for w in weights))[:, :, None, None]
 
+# %% ../../nbs/04_fast/04_prepared.ipynb #a7b8723d
 class Residuals:
     "One or two inverted residuals of the same input, side by side, on patches."
     def __init__(self, *parts: InvertedResidual):
@@ -197,6 +218,7 @@ class Residuals:
 def _halves(x: Patch) -> tuple[Patch, Patch]:
     return tuple(x.of(t.contiguous(memory_format=torch.channels_last)) for t in x.data.chunk(2, 1))
 
+# %% ../../nbs/04_fast/04_prepared.ipynb #70054509
 class Cross(Attention):
     "Cross attention of two halves, and the coupling behind it, on patches."
     reach = 3
@@ -205,12 +227,26 @@ class Cross(Attention):
         swap = lambda w: torch.cat([w[:, c:], w[:, :c]], 1)  # queries come from the other half
         twice = lambda t: torch.cat([t, t])
         k, v = cross.kv.weight.chunk(2)
-        weight = torch.cat([swap(_block_diagonal(cross.q.weight, cross.q.weight)), _block_diagonal(k, k), _block_diagonal(v, v)])
+        weight = torch.cat(
+            [
+                swap(_block_diagonal(cross.q.weight, cross.q.weight)), _block_diagonal(k, k),
+                _block_diagonal(v, v),
+            ]
+        )
         order = lambda q, kv: torch.cat([twice(q), *map(twice, kv.chunk(2))])
-        local = order(cross.q_local.weight, cross.kv_local.weight), order(cross.q_local.bias, cross.kv_local.bias)
+        local = (
+            order(cross.q_local.weight, cross.kv_local.weight),
+            order(cross.q_local.bias, cross.kv_local.bias),
+        )
         mix = coupling.mix.weight[:, :, 0, 0]
-        out = mix @ torch.block_diag(*[cross.out.weight[:, :, 0, 0]] * 2), mix @ twice(cross.out.bias) + coupling.mix.bias
-        super().__init__((weight, order(cross.q.bias, cross.kv.bias)), local, (out[0][:, :, None, None], out[1]), twice(cross.temperature))
+        out = (
+            mix @ torch.block_diag(*[cross.out.weight[:, :, 0, 0]] * 2),
+            mix @ twice(cross.out.bias) + coupling.mix.bias,
+        )
+        super().__init__(
+            (weight, order(cross.q.bias, cross.kv.bias)), local, (out[0][:, :, None, None], out[1]),
+            twice(cross.temperature),
+        )
         self.phi, self.rho_eta = Residuals(coupling.phi), Residuals(coupling.rho, coupling.eta)
 
     def apply(self, x: Patch, kernel: Convolution) -> Patch:
@@ -219,7 +255,9 @@ class Cross(Attention):
         z2 = self.phi(z1, add=z2)
         both = self.rho_eta(z2)
         rho, eta = both.data.chunk(2, 1)
-        return both.of(torch.cat([torch.addcmul(eta, z1.crop(both.box).data, rho.exp()), z2.crop(both.box).data], 1))
+        return both.of(
+            torch.cat([torch.addcmul(eta, z1.crop(both.box).data, rho.exp()), z2.crop(both.box).data], 1)
+        )
 
 # %% ../../nbs/04_fast/04_prepared.ipynb #a05e4be6
 class Coupling:
@@ -248,6 +286,7 @@ def _permuted(weight: Tensor, order: Tensor, groups: int = 1) -> Tensor:
     index = torch.cat([order + i * len(order) for i in range(groups)])
     return weight[:, index].contiguous()
 
+# %% ../../nbs/04_fast/04_prepared.ipynb #967d24fb
 class Reasoning:
     "Messages and updates between the scales of a modality, on nodes whose gated halves lie side by side."
     def __init__(self, scales: ScaleReasoning, order: Tensor):
@@ -256,13 +295,19 @@ class Reasoning:
         self.edges = Convolution(_permuted(scales.messages.weight, order))
         both = lambda w: _permuted(w, order, 2)
         (self.r, self.u), bias = (both(w)[order] for w in gru.gates.weight.chunk(2)), gru.gates.bias.chunk(2)
-        self.r, self.u = (Convolution(w, b[order], activation=("sigmoid",)) for w, b in zip((self.r, self.u), bias))
-        self.candidate = Convolution(both(gru.candidate.weight)[order], gru.candidate.bias[order], activation=("tanh",))
+        self.r, self.u = (
+            Convolution(w, b[order], activation=("sigmoid",)) for w, b in zip((self.r, self.u), bias)
+        )
+        self.candidate = Convolution(
+            both(gru.candidate.weight)[order], gru.candidate.bias[order], activation=("tanh",)
+        )
 
     def __call__(self, nodes: Tensor) -> Tensor:  # 3×C×h×w both
         "v ← v + γ ((1 − u) v + u c), all nodes at once."
         n, c, h, w = nodes.shape
-        x = torch.empty((n, 2 * c, h, w), dtype=nodes.dtype, device=nodes.device, memory_format=torch.channels_last)
+        x = torch.empty(
+            (n, 2 * c, h, w), dtype=nodes.dtype, device=nodes.device, memory_format=torch.channels_last
+        )
         message, state = x.chunk(2, 1)
         for _ in range(self.rounds):
             self._messages(nodes, message)
@@ -303,10 +348,20 @@ class Graph:
         c = len(graph.join.weight)
         slip = graph.reason_ir.messages.edge_gating == "channel_interleaved"
         device = graph.join.weight.device
-        order = torch.cat([torch.arange(0, c, 2), torch.arange(1, c, 2)]).to(device) if slip else torch.arange(c, device=device)
-        self.embed = {m: [_embedding(s, order) for s in e.scales] for m, e in (("ir", graph.embed_ir), ("vis", graph.embed_vis))}
+        order = (
+            torch.cat([torch.arange(0, c, 2), torch.arange(1, c, 2)]).to(device)
+            if slip
+            else torch.arange(c, device=device)
+        )
+        self.embed = {
+            m: [_embedding(s, order) for s in e.scales]
+            for m, e in (("ir", graph.embed_ir), ("vis", graph.embed_vis))
+        }
         exchange = torch.cat([graph.exchange.to_ir.weight, -graph.exchange.to_vis.weight])  # both of vis − ir
-        self.rounds, self.exchange = graph.exchange.rounds, Convolution(_permuted(exchange, order), activation=("sigmoid",))
+        self.rounds, self.exchange = (
+            graph.exchange.rounds,
+            Convolution(_permuted(exchange, order), activation=("sigmoid",)),
+        )
         self.reason = {"ir": Reasoning(graph.reason_ir, order), "vis": Reasoning(graph.reason_vis, order)}
         self.merge = {m: _merging(s, order) for m, s in (("ir", graph.merge_ir), ("vis", graph.merge_vis))}
         self.join = _conv(graph.join)
@@ -319,7 +374,10 @@ class Graph:
             gates = self.exchange.on(vis - ir)
             ir, vis = torch.addcmul(ir, vis, gates[:, :1]), torch.addcmul(vis, ir, gates[:, 1:])
         nodes = {"ir": ir, "vis": vis}
-        each = [self.merge[m](Patch(torch.cat(self.reason[m](x).chunk(3), 1), wide, plane)) for m, x in nodes.items()]
+        each = [
+            self.merge[m](Patch(torch.cat(self.reason[m](x).chunk(3), 1), wide, plane))
+            for m, x in nodes.items()
+        ]
         return self.join(each[0].of(torch.cat([x.data for x in each], 1)))
 
 # %% ../../nbs/04_fast/04_prepared.ipynb #45f6a2ed
@@ -335,8 +393,13 @@ class _Steps:
         encoder, last = model.encoder, [m for m in model.decoder.convs if isinstance(m, nn.Conv2d)]
         self.embed, self.shallow = _conv(encoder.embed), Block1(encoder.shallow)
         self.first = _conv(encoder.base.first)
-        self.groups = [([prepare_block(b) for b in g.blocks], self._bottleneck(g)) for g in encoder.base.groups]
-        self.dense, self.cross = Dense(encoder.detail.grdb), Cross(encoder.detail.cross, encoder.detail.coupling)
+        self.groups = [
+            ([prepare_block(b) for b in g.blocks], self._bottleneck(g)) for g in encoder.base.groups
+        ]
+        self.dense, self.cross = (
+            Dense(encoder.detail.grdb),
+            Cross(encoder.detail.cross, encoder.detail.coupling),
+        )
         self.graph = Graph(model.graph)
         self.base_fusion = Block1(model.base_fusion)
         self.detail_fusion = [Dense(model.detail_fusion.grdb), *map(Coupling, model.detail_fusion.couplings)]
@@ -347,6 +410,7 @@ class _Steps:
         narrow, _, mix, _, widen = group.bottleneck
         return [_conv(narrow, activation=_leaky(0.2)), _conv(mix, activation=_leaky(0.2)), _conv(widen)]
 
+# %% ../../nbs/04_fast/04_prepared.ipynb #79a78be2
 def _chain(parts, x: Patch) -> Patch:
     for part in parts: x = part(x)
     return x
@@ -356,14 +420,19 @@ class _Run:
     "One pair on its way through the network."
     def __init__(self, steps: _Steps, images: dict[str, Patch], sweep: Sweep, maps: list[FeatureMap]):
         self.steps, self.images, self.sweep, self.maps, self.kept = steps, images, sweep, maps[:3], {}
-        self.kernels = {m: steps.shallow.kernel(sweep.sum(lambda b, m=m: steps.shallow.sums(self._embedded(m, b, 1), b))) for m in images}
+        self.kernels = {
+            m: steps.shallow.kernel(sweep.sum(lambda b, m=m: steps.shallow.sums(self._embedded(m, b, 1), b)))
+            for m in images
+        }
         for m, kept in zip(images, maps[3:]):
             sweep.write(lambda b, m=m: self.shallow(m, b), kept)
             self.kept[m] = kept
 
     def _embedded(self, modality: str, box: Box, reach: int) -> Patch:
         image = self.images[modality]
-        return self.steps.embed(image.crop(box.grow(reach + 1, image.plane))).crop(box.grow(reach, image.plane))
+        return self.steps.embed(image.crop(box.grow(reach + 1, image.plane))).crop(
+            box.grow(reach, image.plane)
+        )
 
     def shallow(self, modality: str, box: Box) -> Patch:
         "Shallow features on a box, read or computed."
@@ -375,7 +444,9 @@ class _Run:
         "Both passes of something with an attention."
         plane = source.plane
         kernel = block.kernel(self.sweep.sum(lambda b: block.sums(source.read(b.grow(1, plane)), b)))
-        self.sweep.write(lambda b: block.apply(source.read(b.grow(block.reach, plane)), kernel), target, add=add)
+        self.sweep.write(
+            lambda b: block.apply(source.read(b.grow(block.reach, plane)), kernel), target, add=add
+        )
 
 # %% ../../nbs/04_fast/04_prepared.ipynb #220e05f9
 @patch
@@ -388,15 +459,17 @@ def base(self: _Run, modality: str, kept: FeatureMap, work: FeatureMap) -> None:
         for block in blocks:
             self.attend(block, source, work)
             source = work
-        self.sweep.write(lambda b, parts=bottleneck: _chain(parts, work.read(b.grow(2, plane))), kept, add=True)
+        self.sweep.write(
+            lambda b, parts=bottleneck: _chain(parts, work.read(b.grow(2, plane))), kept, add=True
+        )
 
+# %% ../../nbs/04_fast/04_prepared.ipynb #f81272b8
 @patch
 def detail(self: _Run, modality: str, work: FeatureMap, target: FeatureMap, *, add: bool) -> None:
     "Detail features of a modality, stored in `target` or added to it."
     dense = self.steps.dense
     self.sweep.write(lambda b: dense(self.shallow(modality, b.grow(dense.reach, work.plane))), work)
     self.attend(self.steps.cross, work, target, add=add)
-
 
 # %% ../../nbs/04_fast/04_prepared.ipynb #09deed27
 @patch
@@ -413,18 +486,24 @@ def features(self: _Run) -> FeatureMap:
     for m, kept in (("ir", work), ("vis", third)):
         if m not in self.kept: self.sweep.write(lambda b, m=m: self.shallow(m, b), kept)
     read = [self.kept.get(m, kept).read for m, kept in (("ir", work), ("vis", third))]
-    self.sweep.write(lambda b: steps.graph(*(r(b.grow(steps.graph.reach, plane)) for r in read), b), total, add=True)
+    self.sweep.write(
+        lambda b: steps.graph(*(r(b.grow(steps.graph.reach, plane)) for r in read), b), total, add=True
+    )
     return total
-
 
 # %% ../../nbs/04_fast/04_prepared.ipynb #c1a71ebf
 @patch
 def image(self: _Run) -> FeatureMap:
     "The fused image."
     total, plane, block = self.features(), self.sweep.plane, self.steps.decoder
-    reach, result = block.reach + len(self.steps.last), FeatureMap(plane, 1, dtype=total.data.dtype, device=total.data.device)
+    reach, result = (
+        block.reach + len(self.steps.last),
+        FeatureMap(plane, 1, dtype=total.data.dtype, device=total.data.device),
+    )
     kernel = block.kernel(self.sweep.sum(lambda b: block.sums(total.read(b.grow(1, plane)), b)))
-    self.sweep.write(lambda b: _chain(self.steps.last, block.apply(total.read(b.grow(reach, plane)), kernel)), result)
+    self.sweep.write(
+        lambda b: _chain(self.steps.last, block.apply(total.read(b.grow(reach, plane)), kernel)), result
+    )
     return result
 
 # %% ../../nbs/04_fast/04_prepared.ipynb #8ecaf54f
@@ -437,15 +516,21 @@ class Schedule:
     memory: int  # bytes needed at most, beside what the process holds already
 
 TILE_MAPS = 120  # what a thread takes, in feature maps of a tile with its surroundings: up to 40 in use, the rest in gaps between them
+
+# %% ../../nbs/04_fast/04_prepared.ipynb #ac921bb1
 PROGRAMS = 48_000_000  # bytes of the programs that oneDNN makes for the sizes it meets
 
+# %% ../../nbs/04_fast/04_prepared.ipynb #ec968cd8
 def _memory(plane: Plane, pixel: int, maps: int, tile: Plane, threads: int) -> int:
     "Bytes that a schedule needs; `pixel`: bytes of one pixel of a feature map."
     h, w = (min(side, length) for side, length in zip(tile, plane))
     around = min(h + 8, plane[0]) * min(w + 8, plane[1])
     waiting = (plane[1] // w + 2 + 2 * threads) * h * w
-    return pixel * (maps * plane[0] * plane[1] + threads * TILE_MAPS * around + waiting) + 16 * plane[0] * plane[1] + PROGRAMS
-
+    return (
+        pixel * (maps * plane[0] * plane[1] + threads * TILE_MAPS * around + waiting)
+        + 16 * plane[0] * plane[1]
+        + PROGRAMS
+    )
 
 # %% ../../nbs/04_fast/04_prepared.ipynb #6ad064c1
 def choose_schedule(
@@ -458,28 +543,50 @@ def choose_schedule(
     bytes_per_value: int = 4,
 ) -> Schedule:
     "The first schedule within a budget: most maps, largest tile, then fewer threads; `InputError`, naming the smallest possible budget, if there is none."
-    options = [(5, tiles[0], threads), *((3, tile, threads >> i) for i in range(threads.bit_length()) for tile in tiles)]  # threads halved down to 1
+    options = [
+        (5, tiles[0], threads),
+        *((3, tile, threads >> i) for i in range(threads.bit_length()) for tile in tiles),
+    ]  # threads halved down to 1
     plans = [Schedule(*o, _memory(plane, channels * bytes_per_value, *o)) for o in options]
     for plan in plans:
         if plan.memory <= (budget / 2 if plan.maps == 5 else budget): return plan
-    raise InputError(f"max_memory: {show_memory(budget)} is too little for {plane[1]}×{plane[0]} pixels; this network "
-                     f"needs {show_memory(min(p.memory for p in plans))}, allow that much or fuse a smaller image")
+    raise InputError(
+        f"max_memory: {show_memory(budget)} is too little for {plane[1]}×{plane[0]} pixels; this network "
+        f"needs {show_memory(min(p.memory for p in plans))}, allow that much or fuse a smaller image"
+    )
 
 # %% ../../nbs/04_fast/04_prepared.ipynb #2e38d76b
-KNOWN = {"dim", "heads", "groups", "depth", "edge_gating"}  # fields of Config whose every value can be prepared
+KNOWN = {
+    "dim", "heads", "groups", "depth", "edge_gating",
+}  # fields of Config whose every value can be prepared
 
+# %% ../../nbs/04_fast/04_prepared.ipynb #7a584cc0
 def _check_model(model: SMFNet) -> None:
     "Raise `InputError` for what cannot be prepared."
-    if not isinstance(model, SMFNet): raise InputError(f"model: expected an SMFNet, found {type(model).__name__}; use its own fuse()")
-    if model.training: raise InputError("model: is in training mode; call model.eval() first")
-    odd = {f.name: getattr(model.config, f.name) for f in fields(model.config) if f.name not in KNOWN and getattr(model.config, f.name) != f.default}
-    if odd: raise InputError(f"model: {', '.join(f'{k}={v!r}' for k, v in odd.items())} cannot be prepared; use the model's own fuse()")
+    if not isinstance(model, SMFNet):
+        raise InputError(f"model: expected an SMFNet, found {type(model).__name__}; use its own fuse()")
+    if model.training:
+        raise InputError("model: is in training mode; call model.eval() first")
+    odd = {
+        f.name: getattr(model.config, f.name)
+        for f in fields(model.config)
+        if f.name not in KNOWN and getattr(model.config, f.name) != f.default
+    }
+    if odd:
+        raise InputError(
+            f"model: {', '.join(f'{k}={v!r}' for k, v in odd.items())} cannot be prepared; use the model's own fuse()"
+        )
 
+# %% ../../nbs/04_fast/04_prepared.ipynb #19eaabda
 def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:
     "Raise `InputError` for a precision that the device lacks."
     possible = [torch.float32, torch.float64] + [torch.bfloat16, torch.float16] * (device.type == "cuda")
-    if dtype not in possible: raise InputError(f"dtype: {dtype} is not for {device.type}; choose one of {', '.join(map(str, possible))}")
+    if dtype not in possible:
+        raise InputError(
+            f"dtype: {dtype} is not for {device.type}; choose one of {', '.join(map(str, possible))}"
+        )
 
+# %% ../../nbs/04_fast/04_prepared.ipynb #00c938df
 class Prepared:
     "A network prepared for inference: `fuse` as in `SMFNet`, tile by tile in threads, within a memory budget."
     def __init__(
@@ -509,9 +616,10 @@ def schedule(
     side = int(64 * (64 / c) ** 0.5)  # the results of such a tile stay in the cache
     sides = [max(plane), 2048, 1024, 512, 256] if gpu else [side, side // 2, side // 4]
     return choose_schedule(
-        plane, channels=c, bytes_per_value=self.dtype.itemsize, budget=self.max_memory or int(0.8 * free_memory(self.device)),
-        tiles=[self.tile] if self.tile else [(s, s) for s in sides], threads=self.threads)
-
+        plane, channels=c, bytes_per_value=self.dtype.itemsize,
+        budget=self.max_memory or int(0.8 * free_memory(self.device)),
+        tiles=[self.tile] if self.tile else [(s, s) for s in sides], threads=self.threads,
+    )
 
 # %% ../../nbs/04_fast/04_prepared.ipynb #abdb6bb6
 @patch
@@ -528,12 +636,16 @@ def fuse(
     plan, whole = self.schedule(plane), Box(0, plane[0], 0, plane[1])
     with worker_threads(plan.threads) as run:
         sweep = Sweep(plane, plan.tile, run)
-        maps = [FeatureMap(plane, self.config.dim, dtype=self.dtype, device=self.device) for _ in range(plan.maps)]
+        maps = [
+            FeatureMap(plane, self.config.dim, dtype=self.dtype, device=self.device) for _ in range(plan.maps)
+        ]
         for i in range(len(vis)):
-            images = {m: Patch(x[i:i + 1].to(self.device, self.dtype), whole, plane) for m, x in (("ir", ir), ("vis", vis))}
+            images = {
+                m: Patch(x[i : i + 1].to(self.device, self.dtype), whole, plane)
+                for m, x in (("ir", ir), ("vis", vis))
+            }
             out[i, 0] = _Run(self.steps, images, sweep, maps).image().data[..., 0]
     return out
-
 
 # %% ../../nbs/04_fast/04_prepared.ipynb #3c67dadc
 def prepare_for_inference(

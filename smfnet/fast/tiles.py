@@ -44,8 +44,10 @@ class Box(NamedTuple):
         plane: Plane,  # size of the picture, where growth ends
     ) -> "Box":
         "The box and its neighbourhood, within the picture."
-        return Box(max(self.top - reach, 0), min(self.bottom + reach, plane[0]), max(self.left - reach, 0), min(self.right + reach, plane[1]))
-
+        return Box(
+            max(self.top - reach, 0), min(self.bottom + reach, plane[0]), max(self.left - reach, 0),
+            min(self.right + reach, plane[1]),
+        )
 
 # %% ../../nbs/04_fast/03_tiles.ipynb #bca827ee
 class Patch(NamedTuple):
@@ -61,7 +63,10 @@ class Patch(NamedTuple):
         "The values on a smaller box."
         if box == self.box: return self
         top, left = self.box.top, self.box.left
-        return Patch(self.data[..., box.top - top:box.bottom - top, box.left - left:box.right - left], box, self.plane)
+        return Patch(
+            self.data[..., box.top - top : box.bottom - top, box.left - left : box.right - left], box,
+            self.plane,
+        )
 
     def of(
         self,
@@ -75,20 +80,29 @@ _PLAIN = {"none": lambda y: y, "relu": F.relu_, "leaky_relu": F.leaky_relu_, "ha
           "gelu": F.gelu, "sigmoid": torch.sigmoid_, "tanh": torch.tanh_}
 RELU6, GELU = ("hardtanh", 0.0, 6.0), ("gelu",)
 
+# %% ../../nbs/04_fast/03_tiles.ipynb #12087b44
 def _pack(weight: Tensor, dilation: int, groups: int) -> Tensor:
     "Weights in the order of oneDNN."
     size = [1, weight.shape[1] * groups, 64, 64]
-    return torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), [0, 0], [1, 1], [dilation] * 2, groups, size)
+    return torch._C._nn.mkldnn_reorder_conv2d_weight(
+        weight.to_mkldnn(), [0, 0], [1, 1], [dilation] * 2, groups, size
+    )
 
+# %% ../../nbs/04_fast/03_tiles.ipynb #2b6425aa
 @functools.cache
 def fused_convolutions() -> bool:  # whether this PyTorch has them
     "Try oneDNN's fused convolutions on a small example; False if they are missing or compute something else."
     g = torch.Generator().manual_seed(0)
-    x, w = torch.randn(1, 16, 8, 8, generator=g).contiguous(memory_format=torch.channels_last), torch.randn(16, 16, 3, 3, generator=g)
+    x, w = (
+        torch.randn(1, 16, 8, 8, generator=g).contiguous(memory_format=torch.channels_last),
+        torch.randn(16, 16, 3, 3, generator=g),
+    )
     try:
         packed, same = _pack(w, 1, 1), ([1, 1], [1, 1], [1, 1], 1)
         y = torch.ops.mkldnn._convolution_pointwise(x, packed, None, *same, "gelu", [], "none")
-        z = torch.ops.mkldnn._convolution_pointwise.binary(x, y, packed, None, *same, "add", 1.0, None, [], None)
+        z = torch.ops.mkldnn._convolution_pointwise.binary(
+            x, y, packed, None, *same, "add", 1.0, None, [], None
+        )
     except (AttributeError, RuntimeError): return False
     plain = F.conv2d(x, w, padding=1)
     return torch.allclose(y, F.gelu(plain), atol=1e-4) and torch.allclose(z, plain + y, atol=1e-4)
@@ -106,7 +120,9 @@ class Convolution:
         groups: int = 1,
         reflect: bool = False,  # reflect at the picture's border instead of zeros
     ):
-        self.weight, self.bias, self.dilation, self.groups, self.reflect = weight.detach(), bias, dilation, groups, reflect
+        self.weight, self.bias, self.dilation, self.groups, self.reflect = (
+            weight.detach(), bias, dilation, groups, reflect,
+        )
         self.name, *self.numbers = activation
         self.reach = dilation * (weight.shape[-1] // 2)
         fused = weight.device.type == "cpu" and weight.dtype == torch.float32 and fused_convolutions()
@@ -121,18 +137,21 @@ class Convolution:
         data, padding, box = self._padded(x)
         return Patch(self._convolve(data, padding, None if add is None else add.crop(box).data), box, x.plane)
 
-
 # %% ../../nbs/04_fast/03_tiles.ipynb #25c10c5d
 @patch
 def _padded(self: Convolution, x: Patch) -> tuple[Tensor, list[int], Box]:
     "The values with what the picture's border demands, the padding left to the library, and the box of the result."
     r, (h, w), box = self.reach, x.plane, x.box
-    t, b, l, e = (r * at_border for at_border in (box.top == 0, box.bottom == h, box.left == 0, box.right == w))
+    t, b, l, e = (
+        r * at_border for at_border in (box.top == 0, box.bottom == h, box.left == 0, box.right == w)
+    )
     result = Box(box.top + r - t, box.bottom - r + b, box.left + r - l, box.right - r + e)
     if not self.reflect and t == b and l == e: return x.data, [t, l], result
-    if t or b or l or e: return F.pad(x.data, (l, e, t, b), mode="reflect" if self.reflect else "constant"), [0, 0], result
+    if t or b or l or e:
+        return F.pad(x.data, (l, e, t, b), mode="reflect" if self.reflect else "constant"), [0, 0], result
     return x.data, [0, 0], result
 
+# %% ../../nbs/04_fast/03_tiles.ipynb #d58fe7c1
 @patch
 def on(
     self: Convolution,
@@ -149,20 +168,30 @@ def _convolve(self: Convolution, x: Tensor, padding: list[int], add: Tensor | No
     if self.packed is None:
         y = F.conv2d(x, self.weight, self.bias, [1, 1], padding, [self.dilation] * 2, self.groups)
         return _PLAIN[self.name](y, *self.numbers) if add is None else y.add_(add)
-    if add is None: return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, *rest, self.name, self.numbers, "none")
-    return torch.ops.mkldnn._convolution_pointwise.binary(x, add, self.packed, self.bias, *rest, "add", 1.0, None, [], None)
+    if add is None:
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, self.packed, self.bias, *rest, self.name, self.numbers, "none"
+        )
+    return torch.ops.mkldnn._convolution_pointwise.binary(
+        x, add, self.packed, self.bias, *rest, "add", 1.0, None, [], None
+    )
 
 # %% ../../nbs/04_fast/03_tiles.ipynb #49e94541
 def _pages(count: int, dtype: torch.dtype) -> Tensor:
     "Memory of its own for `count` numbers, in large pages where the system has them."
-    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}  # not on Windows
-    try: memory = mmap.mmap(-1, count * dtype.itemsize, **private)
-    except OSError as e: raise MemoryError(f"{count * dtype.itemsize / 1e9:.1f} GB for a feature map cannot be had ({e.strerror or e})") from e
+    private = (
+        {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+    )  # not on Windows
+    try:
+        memory = mmap.mmap(-1, count * dtype.itemsize, **private)
+    except OSError as e:
+        raise MemoryError(
+            f"{count * dtype.itemsize / 1e9:.1f} GB for a feature map cannot be had ({e.strerror or e})"
+        ) from e
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try: memory.madvise(mmap.MADV_HUGEPAGE)
         except OSError: pass  # a kernel without large pages
     return torch.frombuffer(memory, dtype=dtype)
-
 
 # %% ../../nbs/04_fast/03_tiles.ipynb #143ea0f7
 class FeatureMap:
@@ -177,7 +206,11 @@ class FeatureMap:
     ):
         self.plane, shape = plane, (*plane, channels)
         on_cpu = torch.device(device).type == "cpu"
-        self.data = _pages(math.prod(shape), dtype).view(shape) if on_cpu else torch.empty(shape, dtype=dtype, device=device)
+        self.data = (
+            _pages(math.prod(shape), dtype).view(shape)
+            if on_cpu
+            else torch.empty(shape, dtype=dtype, device=device)
+        )
 
     def _view(self, box: Box) -> Tensor:
         return self.data[box.top:box.bottom, box.left:box.right].permute(2, 0, 1)[None]
@@ -199,7 +232,6 @@ def _cuts(length: int, side: int) -> list[tuple[int, int]]:
     step = math.ceil(length / math.ceil(length / side))
     while 0 < length % step < MIN_TILE: step += 1
     return [(i, min(i + step, length)) for i in range(0, length, step)]
-
 
 # %% ../../nbs/04_fast/03_tiles.ipynb #ef54aafc
 class Sweep:
@@ -237,6 +269,7 @@ def _in_order(pool: ThreadPoolExecutor, ahead: int, work: Callable, items: list)
 
 _SETTING = threading.Lock()
 
+# %% ../../nbs/04_fast/03_tiles.ipynb #81c0ba84
 def _set_own_threads(count: int) -> int:  # the number to go back to
     "`torch.set_num_threads` for the calling thread alone; what beginners get stays."
     with _SETTING, ThreadPoolExecutor(1) as helper:
@@ -246,6 +279,7 @@ def _set_own_threads(count: int) -> int:  # the number to go back to
         helper.submit(torch.set_num_threads, beginners).result()
     return before if before > 1 else beginners
 
+# %% ../../nbs/04_fast/03_tiles.ipynb #e2acabde
 @contextmanager
 def worker_threads(
     count: int,  # threads, each computing on one core
@@ -257,7 +291,9 @@ def worker_threads(
             yield map
             return
         with ThreadPoolExecutor(count, initializer=_set_own_threads, initargs=(1,)) as pool:
-            yield lambda work, boxes: _in_order(pool, 2 * count, torch.no_grad()(work), boxes)  # gradient mode is a thread's own
+            yield lambda work, boxes: _in_order(
+                pool, 2 * count, torch.no_grad()(work), boxes
+            )  # gradient mode is a thread's own
     finally: _set_own_threads(before)
 
 # %% ../../nbs/04_fast/03_tiles.ipynb #a99c979f
@@ -282,6 +318,7 @@ class Gram:
         blocks = cosine.view(heads, c // heads, heads, c // heads).diagonal(dim1=0, dim2=2)  # c×c×heads
         return torch.block_diag(*torch.softmax(blocks * temperature.flatten().double(), 1).unbind(-1))
 
+# %% ../../nbs/04_fast/03_tiles.ipynb #c27f185b
 def gram(
     q: Patch,  # 1×C×h×w, queries
     k: Patch,  # 1×C×h×w, keys
@@ -292,8 +329,12 @@ def gram(
     return Gram((q.T @ k).double(), (q * q).sum(0).double(), (k * k).sum(0).double())
 
 # %% ../../nbs/04_fast/03_tiles.ipynb #ffdb4a31
-_UNITS = {"": 1, "K": 10 ** 3, "M": 10 ** 6, "G": 10 ** 9, "T": 10 ** 12, "KI": 2 ** 10, "MI": 2 ** 20, "GI": 2 ** 30, "TI": 2 ** 40}
+_UNITS = {
+    "": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30,
+    "TI": 2**40,
+}
 
+# %% ../../nbs/04_fast/03_tiles.ipynb #c2ccd824
 def parse_memory(
     amount: int | str,  # bytes, or a text such as "4GB", "500MB", "1.5 GiB"
 ) -> int:  # bytes
@@ -301,9 +342,12 @@ def parse_memory(
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(amount), re.IGNORECASE)
     unit = found and found[2].upper()
     if isinstance(amount, bool) or not found or unit not in _UNITS or float(found[1]) == 0:
-        raise InputError(f"max_memory: {amount!r} is not an amount of memory; write 4GB, 500MB or a number of bytes")
+        raise InputError(
+            f"max_memory: {amount!r} is not an amount of memory; write 4GB, 500MB or a number of bytes"
+        )
     return int(float(found[1]) * _UNITS[unit])
 
+# %% ../../nbs/04_fast/03_tiles.ipynb #b1c64c8d
 def show_memory(
     amount: int,  # bytes
 ) -> str:
@@ -314,7 +358,12 @@ def show_memory(
 def _cgroup_free(root: Path = Path("/sys/fs/cgroup")) -> float:
     "Bytes that the process's control groups still allow; infinite without a limit."
     own = Path("/proc/self/cgroup")
-    paths = {root, root / "memory"} | {root / line.split(":", 2)[2].strip("/") for line in own.read_text().splitlines()} if own.exists() else {root}
+    paths = (
+        {root, root / "memory"}
+        | {root / line.split(":", 2)[2].strip("/") for line in own.read_text().splitlines()}
+        if own.exists()
+        else {root}
+    )
     free = math.inf
     for path in paths:
         for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
@@ -322,6 +371,7 @@ def _cgroup_free(root: Path = Path("/sys/fs/cgroup")) -> float:
             except (OSError, ValueError): pass  # no such group, or "max"
     return free
 
+# %% ../../nbs/04_fast/03_tiles.ipynb #d3ac90f8
 def _address_space_free() -> float:
     "Bytes that `ulimit -v` still allows; infinite without a limit."
     try: import resource
@@ -329,6 +379,7 @@ def _address_space_free() -> float:
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     return math.inf if limit == resource.RLIM_INFINITY else limit - psutil.Process().memory_info().vms
 
+# %% ../../nbs/04_fast/03_tiles.ipynb #652d59be
 def free_memory(
     device: torch.device | str = "cpu",  # where the memory is
 ) -> int:  # bytes, ≥ 0

@@ -18,7 +18,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..core.checks import InputError
-from ..data.images import EXTENSIONS, Pair, Pairs, Picture, check_range, find_pairs, read_pair, to_levels, write_image
+from ..data.images import (EXTENSIONS, Pair, Pairs, Picture, check_range, find_pairs, read_pair,
+                                to_levels, write_image)
 from ..fast.prepared import prepare_for_inference
 from ..network.released import load_released
 from ..network.model import SMFNet
@@ -30,23 +31,34 @@ def pick_device(
 ) -> torch.device:
     "Turn a device name into a device that exists; `InputError` otherwise."
     if name == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try: device = torch.device(name)
-    except RuntimeError as e: raise InputError(f"device: {name!r} is unknown; use auto, cpu or cuda") from e
+    try:
+        device = torch.device(name)
+    except RuntimeError as e:
+        raise InputError(f"device: {name!r} is unknown; use auto, cpu or cuda") from e
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device: {name} is not available here; use cpu, or install the CUDA build of PyTorch")
+        raise InputError(
+            f"device: {name} is not available here; use cpu, or install the CUDA build of PyTorch"
+        )
     return device
 
+# %% ../../nbs/06_fusion/02_files.ipynb #502df2a2
 def _load_file(path: Path) -> nn.Module:
-    if not path.is_file(): raise InputError(f"{path}: no such weights file; give 'tiny' (shipped), the authors' checkpoint, or a .safetensors file of your own (make reproduce trains one)")
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such weights file; give 'tiny' (shipped), the authors' checkpoint, or a .safetensors file of your own (make reproduce trains one)"
+        )
     try:
         if path.suffix.lower() != ".safetensors": return load_released(path)
         try: return SMFNet.load(path)
         except InputError as own:
-            try: return load_released(path)
-            except InputError: raise own from None
+            try:
+                return load_released(path)
+            except InputError:
+                raise own from None
     except InputError as e:
         raise e if str(path) in str(e) else InputError(f"{path}: {e}") from e
 
+# %% ../../nbs/06_fusion/02_files.ipynb #30682125
 def load_model(
     weights: str | Path = "tiny",  # name of a shipped model, a weights file, or a checkpoint of the authors' release
     *,
@@ -66,18 +78,29 @@ def _stretched(fused: np.ndarray) -> np.ndarray:
 def _no_memory(e: Exception) -> bool:
     return isinstance(e, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(e)
 
+# %% ../../nbs/06_fusion/02_files.ipynb #a8922c58
 def _run(model, vis: Picture, ir: Picture) -> np.ndarray:
     "H×W float32 out of `model.fuse`; a lack of memory becomes an `InputError`."
     first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     device = "cpu" if first is None else first.device
-    x = {k: torch.from_numpy(np.ascontiguousarray(p.luminance))[None, None].to(device) for k, p in (("vis", vis), ("ir", ir))}
+    x = {
+        k: torch.from_numpy(np.ascontiguousarray(p.luminance))[None, None].to(device)
+        for k, p in (("vis", vis), ("ir", ir))
+    }
     try:
         with torch.inference_mode(): return model.fuse(**x)[0, 0].float().cpu().numpy()
     except (RuntimeError, MemoryError) as e:
-        if not _no_memory(e): raise
-        (h, w), budget = vis.size, "give a smaller max_memory (--max-memory) or " if hasattr(model, "max_memory") else ""
-        raise InputError(f"{vis.path}: {w}×{h} pixels do not fit into the memory of {getattr(model, 'device', device)}; {budget}fuse a smaller image") from e
+        if not _no_memory(e):
+            raise
+        (h, w), budget = (
+            vis.size,
+            "give a smaller max_memory (--max-memory) or " if hasattr(model, "max_memory") else "",
+        )
+        raise InputError(
+            f"{vis.path}: {w}×{h} pixels do not fit into the memory of {getattr(model, 'device', device)}; {budget}fuse a smaller image"
+        ) from e
 
+# %% ../../nbs/06_fusion/02_files.ipynb #254ec346
 def fuse_pictures(
     model,  # anything with fuse(vis=, ir=) on B×1×H×W tensors in [0,1]; a module must be in evaluation mode
     *,
@@ -86,10 +109,15 @@ def fuse_pictures(
     stretch: bool = False,  # stretch the result to [0,1]
 ) -> np.ndarray:  # H×W float32, fused luminance, unrounded
     "Fuse the luminance of a pair; `InputError` if the method returns another size or values that are not finite."
-    if getattr(model, "training", False): raise InputError("model: is in training mode; call model.eval() first")
+    if getattr(model, "training", False):
+        raise InputError("model: is in training mode; call model.eval() first")
     fused = _run(model, vis, ir)
-    if fused.shape != vis.size: raise InputError(f"{vis.path}: the method returned {fused.shape} for a pair of {vis.size}; repair the method")
-    if not np.isfinite(fused).all(): raise InputError(f"{vis.path}: the method returned NaN; check its weights")
+    if fused.shape != vis.size:
+        raise InputError(
+            f"{vis.path}: the method returned {fused.shape} for a pair of {vis.size}; repair the method"
+        )
+    if not np.isfinite(fused).all():
+        raise InputError(f"{vis.path}: the method returned NaN; check its weights")
     return _stretched(fused) if stretch else fused
 
 # %% ../../nbs/06_fusion/02_files.ipynb #975d0ab7
@@ -97,14 +125,19 @@ def _target(out: str | Path, stem: str) -> Path:
     "The file to write: `out` itself if it ends in .png, else `<stem>.png` in the folder `out`."
     out = Path(out).expanduser()
     if out.is_dir() or out.suffix.lower() not in EXTENSIONS: return out / f"{stem}.png"
-    if out.suffix.lower() != ".png": raise InputError(f"{out}: fused images are PNG; give a folder or a name that ends in .png")
+    if out.suffix.lower() != ".png":
+        raise InputError(f"{out}: fused images are PNG; give a folder or a name that ends in .png")
     return out
 
+# %% ../../nbs/06_fusion/02_files.ipynb #c9a80b3e
 def _guard(target: Path, pair: Pair) -> None:
     for source in (pair.ir, pair.vis):
         if target.exists() and os.path.samefile(target, source):
-            raise InputError(f"{target}: is a source image and would be overwritten; choose another output folder")
+            raise InputError(
+                f"{target}: is a source image and would be overwritten; choose another output folder"
+            )
 
+# %% ../../nbs/06_fusion/02_files.ipynb #1aa03e98
 def _fuse_files(model, pair: Pair, target: Path | None, log: Callable[[str], None], *, stretch, range) -> np.ndarray:
     ir, vis = read_pair(ir=pair.ir, vis=pair.vis, range=range)
     for picture in (ir, vis):
@@ -113,6 +146,7 @@ def _fuse_files(model, pair: Pair, target: Path | None, log: Callable[[str], Non
     if target is None: return to_levels(fused, vis.chroma, bits=vis.bits)
     return write_image(target, fused, vis.chroma, bits=vis.bits)
 
+# %% ../../nbs/06_fusion/02_files.ipynb #35439fbc
 def _as_model(model, device: str, max_memory: int | str | None = None):
     "An object as it is; weights loaded and prepared, or as they are if their variant of the network cannot be prepared."
     if max_memory is not None: parse_memory(max_memory)
@@ -120,7 +154,8 @@ def _as_model(model, device: str, max_memory: int | str | None = None):
     loaded = load_model(model or "tiny", device=device)
     try: return prepare_for_inference(loaded, max_memory=max_memory)
     except InputError:
-        if max_memory is not None: raise
+        if max_memory is not None:
+            raise
         return loaded
 
 # %% ../../nbs/06_fusion/02_files.ipynb #2bf84b4c
@@ -168,7 +203,12 @@ class FusionReport:
 def _prepare(out: str | Path, found: Pairs, sources: tuple) -> Path:
     "Make the output folder, see that it can be written and is none of the source folders."
     out = Path(out).expanduser()
-    folders = {p.parent for pair in found for p, given in zip((pair.ir, pair.vis), sources) if not Path(given).expanduser().is_file()}
+    folders = {
+        p.parent
+        for pair in found
+        for p, given in zip((pair.ir, pair.vis), sources)
+        if not Path(given).expanduser().is_file()
+    }
     for folder in folders:
         if out.is_dir() and os.path.samefile(out, folder):
             raise InputError(f"{out}: is a source folder; choose another output folder")
@@ -179,6 +219,7 @@ def _prepare(out: str | Path, found: Pairs, sources: tuple) -> Path:
         raise InputError(f"{out}: cannot be written ({e.strerror or e}); choose another output folder") from e
     return out
 
+# %% ../../nbs/06_fusion/02_files.ipynb #e0146bf0
 def _each_once(log: Callable[[str], None]) -> Callable[[str], None]:
     "Pass on a remark, but not again for the following images."
     seen = set()
@@ -211,7 +252,9 @@ def fuse_folder(
         target = report.out / f"{pair.stem}.png"
         try:
             _guard(target, pair)
-            if skip_existing and target.is_file(): report.skipped.append(target); continue
+            if skip_existing and target.is_file():
+                report.skipped.append(target)
+                continue
             _fuse_files(model, pair, target, say, stretch=stretch, range=range)
             report.written.append(target)
         except InputError as e: report.problems[pair.stem] = str(e)

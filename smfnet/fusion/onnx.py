@@ -33,6 +33,7 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     "B×C×H×W to B×heads×c×N."
     return x.unflatten(1, (heads, x.shape[1] // heads)).flatten(3)
 
+# %% ../../nbs/06_fusion/04_onnx.ipynb #cf5bac6c
 def _attended(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, out: nn.Conv2d) -> Tensor:
     "Channel attention and its output convolution, head by head."
     heads, size = temperature.shape[0], v.shape[-2:]
@@ -41,6 +42,7 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, out: nn.Conv
     cosine = q @ k.transpose(2, 3) / (length(q)[..., None] * length(k)[..., None, :])
     return out((torch.softmax(cosine * temperature, 3) @ v).flatten(1, 2).unflatten(2, size))
 
+# %% ../../nbs/06_fusion/04_onnx.ipynb #8c47563f
 class _ExportMDTA(MDTA):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.local(self.qkv(x)).chunk(3, 1)
@@ -51,6 +53,7 @@ class _ExportDenseMDTA(DenseMDTA):
         q, k, v = self.local(x).chunk(3, 1)  # `local` holds both convolutions, see `_fold`
         return _attended(q, k, v, self.temperature, self.out)
 
+# %% ../../nbs/06_fusion/04_onnx.ipynb #13ee1e57
 class _ExportBlock(TransformerBlock):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
@@ -61,22 +64,32 @@ def _parts(x: Tensor, n: int) -> tuple[Tensor, ...]:
     "Split nB×… into n tensors of B×…"
     return x.unflatten(0, (n, -1)).unbind(0)
 
+# %% ../../nbs/06_fusion/04_onnx.ipynb #9e74d78e
 class _ExportCross(CrossAttention):
     def forward(self, x: Tensor) -> Tensor:
         own, other = (torch.cat(halves) for halves in (x.chunk(2, 1), x.chunk(2, 1)[::-1]))
         k, v = self.kv_local(self.kv(own)).chunk(2, 1)
-        return torch.cat(_parts(_attended(self.q_local(self.q(other)), k, v, self.temperature, self.out), 2), 1)
+        return torch.cat(
+            _parts(_attended(self.q_local(self.q(other)), k, v, self.temperature, self.out), 2), 1
+        )
 
+# %% ../../nbs/06_fusion/04_onnx.ipynb #2e99e2d8
 class _ExportMessages(EdgeMessages):
     def forward(self, nodes: Tensor) -> Tensor:
         messages, nodes = [], _parts(nodes, 3)
         for i, node in enumerate(nodes):
             first, second = nodes[:i] + nodes[i + 1:]
-            g0, g1 = (torch.sigmoid(F.conv2d(node - other, w[None])) for w, other in zip(self.weight, (first, second)))
+            g0, g1 = (
+                torch.sigmoid(F.conv2d(node - other, w[None]))
+                for w, other in zip(self.weight, (first, second))
+            )
             slip = self.edge_gating == "channel_interleaved"
-            messages.append(interleave(g0, g1, node.shape[1]) * (first + second) if slip else g0 * first + g1 * second)
+            messages.append(
+                interleave(g0, g1, node.shape[1]) * (first + second) if slip else g0 * first + g1 * second
+            )
         return torch.cat(messages)
 
+# %% ../../nbs/06_fusion/04_onnx.ipynb #6750e046
 class _ExportGraph(GraphReasoning):
     def forward(self, *, ir: Tensor, vis: Tensor) -> tuple[Tensor, Tensor]:
         ir, vis = self.exchange(ir=self.embed_ir(ir), vis=self.embed_vis(vis))
@@ -84,9 +97,12 @@ class _ExportGraph(GraphReasoning):
         return merged(self.merge_ir, self.reason_ir(ir)), merged(self.merge_vis, self.reason_vis(vis))
 
 # %% ../../nbs/06_fusion/04_onnx.ipynb #ebbcb3e0
-_ROUTES = {Pointwise: nn.Conv2d, MDTA: _ExportMDTA, DenseMDTA: _ExportDenseMDTA, TransformerBlock: _ExportBlock,
-           CrossAttention: _ExportCross, EdgeMessages: _ExportMessages, GraphReasoning: _ExportGraph}
+_ROUTES = {
+    Pointwise: nn.Conv2d, MDTA: _ExportMDTA, DenseMDTA: _ExportDenseMDTA, TransformerBlock: _ExportBlock,
+    CrossAttention: _ExportCross, EdgeMessages: _ExportMessages, GraphReasoning: _ExportGraph,
+}
 
+# %% ../../nbs/06_fusion/04_onnx.ipynb #b433333a
 def _fold(module: nn.Module) -> None:
     "Join T2's two convolutions; join convolution and BatchNorm where they follow each other."
     if isinstance(module, DenseMDTA):
@@ -98,6 +114,7 @@ def _fold(module: nn.Module) -> None:
             if isinstance(module[i], nn.Conv2d) and isinstance(module[i + 1], nn.BatchNorm2d):
                 module[i], module[i + 1] = fuse_conv_bn_eval(module[i], module[i + 1]), nn.Identity()
 
+# %% ../../nbs/06_fusion/04_onnx.ipynb #c5cd289a
 class ExportableFusion(nn.Module):
     "Stage II of a copy of the network, for exporters: plain operators, no checks, positional inputs, folded weights."
     def __init__(
@@ -116,21 +133,31 @@ class ExportableFusion(nn.Module):
     ) -> Tensor:  # B×1×H×W, [0,1]
         "Fuse."
         net, f = self.network, {}
-        for name, both in zip(("shallow", "base", "detail"), net.encoder(torch.cat([ir, vis]))): f[f"ir_{name}"], f[f"vis_{name}"] = _parts(both, 2)
-        if net.config.graph: f["graph_ir"], f["graph_vis"] = net.graph(ir=f["ir_shallow"], vis=f["vis_shallow"])
+        for name, both in zip(("shallow", "base", "detail"), net.encoder(torch.cat([ir, vis]))):
+            f[f"ir_{name}"], f[f"vis_{name}"] = _parts(both, 2)
+        if net.config.graph:
+            f["graph_ir"], f["graph_vis"] = net.graph(ir=f["ir_shallow"], vis=f["vis_shallow"])
         net._fuse_into(f)
         return f["fused"]
 
 # %% ../../nbs/06_fusion/04_onnx.ipynb #526398ae
 FORMAT = "smfnet-onnx-1"
-TOLERANCE = 1e-4  # largest difference from the network that an exported file may show; typical are 1e-6 to 1e-5
+TOLERANCE = (
+    1e-4  # largest difference from the network that an exported file may show; typical are 1e-6 to 1e-5
+)
 
+# %% ../../nbs/06_fusion/04_onnx.ipynb #be5c314e
 def _needs(*modules: str) -> None:
     "`InputError` that names the command if one of the optional packages is missing."
     for name in modules:
-        try: importlib.import_module(name)
-        except ImportError as e: raise InputError(f"ONNX needs the package {name}, which is not installed: pip install 'smfnet[export]'") from e
+        try:
+            importlib.import_module(name)
+        except ImportError as e:
+            raise InputError(
+                f"ONNX needs the package {name}, which is not installed: pip install 'smfnet[export]'"
+            ) from e
 
+# %% ../../nbs/06_fusion/04_onnx.ipynb #a44c13cf
 @contextlib.contextmanager
 def _quiet():
     "Without the exporter's remarks about itself."
@@ -142,13 +169,20 @@ def _quiet():
             yield
     finally: logging.disable(before)
 
+# %% ../../nbs/06_fusion/04_onnx.ipynb #f3ee1046
 def _recorded(model: SMFNet):
     "The ONNX program of a network, with free batch, height and width."
-    free = {0: torch.export.Dim("batch", min=1), 2: torch.export.Dim("height", min=MIN_SIDE), 3: torch.export.Dim("width", min=MIN_SIDE)}
+    free = {
+        0: torch.export.Dim("batch", min=1), 2: torch.export.Dim("height", min=MIN_SIDE),
+        3: torch.export.Dim("width", min=MIN_SIDE),
+    }
     example = {k: x.expand(3, -1, -1, -1).contiguous() for k, x in toy_pair(34, 46).items()}
     with _quiet():
-        return torch.onnx.export(ExportableFusion(model).eval(), (example["vis"], example["ir"]), dynamo=True, verbose=False, opset_version=20,
-                                 input_names=["vis", "ir"], output_names=["fused"], dynamic_shapes={"vis": free, "ir": free})
+        return torch.onnx.export(
+            ExportableFusion(model).eval(), (example["vis"], example["ir"]), dynamo=True, verbose=False,
+            opset_version=20, input_names=["vis", "ir"], output_names=["fused"],
+            dynamic_shapes={"vis": free, "ir": free},
+        )
 
 # %% ../../nbs/06_fusion/04_onnx.ipynb #bd09c038
 def export_onnx(
@@ -157,19 +191,29 @@ def export_onnx(
     **metadata: str,  # anything worth remembering, e.g. the name of the weights
 ) -> float:  # largest difference from the network on the pair that was tried, at most `TOLERANCE`
     "Write the network as ONNX with free batch and size, checked and atomically; `InputError` without the extra or for another model."
-    if not isinstance(model, SMFNet): raise InputError(f"model: {type(model).__name__} cannot be exported; give an SMFNet, e.g. from load_model")
-    if Path(path).suffix.lower() != ".onnx": raise InputError(f"{path}: let the name end in .onnx")
+    if not isinstance(model, SMFNet):
+        raise InputError(
+            f"model: {type(model).__name__} cannot be exported; give an SMFNet, e.g. from load_model"
+        )
+    if Path(path).suffix.lower() != ".onnx":
+        raise InputError(f"{path}: let the name end in .onnx")
     _needs("onnx", "onnxscript", "onnxruntime")
     try: program = _recorded(model)
     except Exception as e:  # whatever an exporter of another version stumbles over
-        raise InputError(f"{path}: PyTorch {torch.__version__} could not export the network; the versions of requirements/constraints.txt can") from e
-    program.model.metadata_props.update({"format": FORMAT, "config": json.dumps(asdict(model.config)), **metadata})
+        raise InputError(
+            f"{path}: PyTorch {torch.__version__} could not export the network; the versions of requirements/constraints.txt can"
+        ) from e
+    program.model.metadata_props.update(
+        {"format": FORMAT, "config": json.dumps(asdict(model.config)), **metadata}
+    )
     with atomic_path(path) as part:
         program.save(part)
         pair, reference = toy_pair(37, 29), copy.deepcopy(model).float().cpu().eval()
         difference = float((OnnxModel(part).fuse(**pair) - reference.fuse(**pair)).abs().max())
         if not difference <= TOLERANCE:
-            raise InputError(f"{path}: the exported network differs by {difference:.1e} from the original; nothing was written; try other versions of torch and onnxruntime")
+            raise InputError(
+                f"{path}: the exported network differs by {difference:.1e} from the original; nothing was written; try other versions of torch and onnxruntime"
+            )
     return difference
 
 # %% ../../nbs/06_fusion/04_onnx.ipynb #dd78dabd
@@ -177,16 +221,23 @@ def _session(path: Path, threads: int):
     "An ONNX Runtime session on the CPU; `InputError` for anything that is not our kind of file."
     _needs("onnxruntime")
     import onnxruntime
-    if not path.is_file(): raise InputError(f"{path}: no such file; write one with `smfnet export-onnx`")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; write one with `smfnet export-onnx`")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
     try: session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as e:  # the runtime's errors have no common base
-        raise InputError(f"{path}: ONNX Runtime cannot read it ({str(e).splitlines()[0][:120]}); export the network again") from e
+        raise InputError(
+            f"{path}: ONNX Runtime cannot read it ({str(e).splitlines()[0][:120]}); export the network again"
+        ) from e
     found = session.get_modelmeta().custom_metadata_map.get("format")
-    if found != FORMAT: raise InputError(f"{path}: ONNX, but not written by `smfnet export-onnx` (format {found!r}); export the network again")
+    if found != FORMAT:
+        raise InputError(
+            f"{path}: ONNX, but not written by `smfnet export-onnx` (format {found!r}); export the network again"
+        )
     return session
 
+# %% ../../nbs/06_fusion/04_onnx.ipynb #9fbe4cbb
 class OnnxModel:
     "An exported network on ONNX Runtime (CPU), with the method that every fusion model has."
     def __init__(
@@ -207,8 +258,12 @@ class OnnxModel:
     ) -> Tensor:  # B×1×H×W, [0,1], on the CPU
         "Fuse pairs of luminance images; `InputError` for a bad pair, `MemoryError` if it does not fit."
         check_pair(vis=vis, ir=ir)
-        arrays = {k: np.ascontiguousarray(x.detach().cpu().numpy(), np.float32) for k, x in (("vis", vis), ("ir", ir))}
+        arrays = {
+            k: np.ascontiguousarray(x.detach().cpu().numpy(), np.float32)
+            for k, x in (("vis", vis), ("ir", ir))
+        }
         try: return torch.from_numpy(self.session.run(["fused"], arrays)[0])
         except Exception as e:
-            if "alloc" in str(e): raise MemoryError(f"{self.path}: {tuple(vis.shape)} does not fit into memory") from e
+            if "alloc" in str(e):
+                raise MemoryError(f"{self.path}: {tuple(vis.shape)} does not fit into memory") from e
             raise

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from ..core.checks import MIN_SIDE, InputError
 from .files import _as_model, fuse_pictures
-from ..data.images import (EXTENSIONS, Picture, Pixels, _infrared, _visible, check_range, find_source, list_images,
-                           read_pixels, thermal_range, to_levels, write_image)
+from ..data.images import (EXTENSIONS, Picture, Pixels, _infrared, _visible, check_range, find_source,
+                                list_images, read_pixels, thermal_range, to_levels, write_image)
 from ..core.provenance import atomic_path
 
 # %% ../../nbs/06_fusion/03_video.ipynb #063e9050
@@ -33,9 +33,12 @@ def _av():
     "PyAV, or an `InputError` that says how to get it."
     try: import av
     except ImportError as e:
-        raise InputError("video files need PyAV, which is not installed: pip install 'smfnet[video]'; folders of images work without it") from e
+        raise InputError(
+            "video files need PyAV, which is not installed: pip install 'smfnet[video]'; folders of images work without it"
+        ) from e
     return av
 
+# %% ../../nbs/06_fusion/03_video.ipynb #620a7f24
 def frame_pixels(
     frame,  # av.VideoFrame
 ) -> Pixels:  # H×W in the stored depth, or H×W×3 with 8 or 16 bits
@@ -43,13 +46,16 @@ def frame_pixels(
     name, bits = frame.format.name, max(c.bits for c in frame.format.components)
     grey = re.fullmatch(r"gray(\d*)(le|be)?", name)
     if grey: return Pixels(frame.to_ndarray(), float(2 ** int(grey[1] or 8) - 1), name)
-    return Pixels(frame.to_ndarray(format="rgb24" if bits <= 8 else "rgb48le"), 255.0 if bits <= 8 else 65535.0, name)
+    return Pixels(
+        frame.to_ndarray(format="rgb24" if bits <= 8 else "rgb48le"), 255.0 if bits <= 8 else 65535.0, name
+    )
 
 # %% ../../nbs/06_fusion/03_video.ipynb #8f2e97e1
 def _natural(path: Path) -> list:
     "Sort key that takes digits as numbers."
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
 
+# %% ../../nbs/06_fusion/03_video.ipynb #69dfe221
 @dataclass(frozen=True)
 class Clip:
     "The frames of one modality: a video file, or a folder of images in the natural order of their names."
@@ -66,6 +72,7 @@ class Clip:
 # %% ../../nbs/06_fusion/03_video.ipynb #85609440
 _DAMAGE = re.compile(r"CRC mismatch|error while decoding|conceal|corrupt|damaged", re.I)
 
+# %% ../../nbs/06_fusion/03_video.ipynb #4efb487a
 def _next_frame(av, frames: Iterator) -> tuple:
     "The next frame or None, and what the decoder says about damage in it: many decoders conceal it and only log."
     level = av.logging.get_level()
@@ -76,37 +83,51 @@ def _next_frame(av, frames: Iterator) -> tuple:
     said = " ".join(text for _, _, text in lines)
     return frame, said.strip() if _DAMAGE.search(said) or frame is not None and frame.is_corrupt else ""
 
+# %% ../../nbs/06_fusion/03_video.ipynb #867a1a9a
 def _decoded(clip: Clip) -> Iterator[tuple[Path, Pixels]]:
     "Frames of a video file."
     av, number = _av(), 0
-    bad = lambda why: InputError(f"{clip.path}: frame {number + 1} cannot be decoded ({why}); repair the file or cut it before this frame")
+    bad = lambda why: InputError(
+        f"{clip.path}: frame {number + 1} cannot be decoded ({why}); repair the file or cut it before this frame"
+    )
     try:
         with av.open(str(clip.path)) as container:
             container.streams.video[0].thread_type = "NONE"  # its messages then come from this thread
             frames = container.decode(video=0)
             while True:
                 frame, damage = _next_frame(av, frames)
-                if damage: raise bad(damage)
-                if frame is None: break
+                if damage:
+                    raise bad(damage)
+                if frame is None:
+                    break
                 yield Path(f"{clip.path} (frame {number + 1})"), frame_pixels(frame)
                 number += 1
-    except av.FFmpegError as e: raise bad(e.strerror or e) from e
+    except av.FFmpegError as e:
+        raise bad(e.strerror or e) from e
     expected = clip.count or clip.roughly or 0
     if number < 0.95 * expected - 1:
-        raise InputError(f"{clip.path}: ends after frame {number} of {expected} that its header states; the file is cut off, copy it again")
+        raise InputError(
+            f"{clip.path}: ends after frame {number} of {expected} that its header states; the file is cut off, copy it again"
+        )
 
+# %% ../../nbs/06_fusion/03_video.ipynb #4154e402
 def _video(path: Path) -> Clip:
     "Look into the header of a video file."
     av = _av()
     try:
         with av.open(str(path)) as c:
-            if not c.streams.video: raise InputError(f"{path}: holds no video stream; give a video file")
+            if not c.streams.video:
+                raise InputError(f"{path}: holds no video stream; give a video file")
             stream = c.streams.video[0]
             seconds = c.duration / 1_000_000 if c.duration and len(c.streams) == 1 else 0
             rate = stream.average_rate or stream.guessed_rate
-            return Clip(path, (), rate, stream.frames or None, round(seconds * rate) if rate and seconds else None)
+            return Clip(
+                path, (), rate, stream.frames or None, round(seconds * rate) if rate and seconds else None
+            )
     except (av.FFmpegError, OSError) as e:
-        raise InputError(f"{path}: not a readable video ({getattr(e, 'strerror', None) or e}); export it again, for example as .mkv") from e
+        raise InputError(
+            f"{path}: not a readable video ({getattr(e, 'strerror', None) or e}); export it again, for example as .mkv"
+        ) from e
 
 # %% ../../nbs/06_fusion/03_video.ipynb #f1c125ab
 def open_clip(
@@ -117,61 +138,89 @@ def open_clip(
     source = find_source(path, modality)
     if source.is_file():
         if source.suffix.lower() in EXTENSIONS and source.suffix.lower() != ".gif":
-            raise InputError(f"{source}: is a single image; give a video or a folder of frames, or use `smfnet fuse`")
+            raise InputError(
+                f"{source}: is a single image; give a video or a folder of frames, or use `smfnet fuse`"
+            )
         return _video(source)
     listed = list_images(source)
     double = [files for files in listed.values() if len(files) > 1]
-    if double: raise InputError(f"{' and '.join(map(str, double[0]))}: same frame twice; keep one of them")
+    if double:
+        raise InputError(f"{' and '.join(map(str, double[0]))}: same frame twice; keep one of them")
     files = tuple(sorted((f for fs in listed.values() for f in fs), key=_natural))
     return Clip(source, files, None, len(files))
 
 # %% ../../nbs/06_fusion/03_video.ipynb #383298ba
 def _same(ir: Clip, vis: Clip, fps) -> None:
     "Compare what the two clips say of themselves."
-    if os.path.samefile(ir.path, vis.path): raise InputError(f"{ir.path}: given as infrared and as visible; give the two modalities")
+    if os.path.samefile(ir.path, vis.path):
+        raise InputError(f"{ir.path}: given as infrared and as visible; give the two modalities")
     if ir.count and vis.count and ir.count != vis.count:
-        raise InputError(f"{ir.path} has {ir.count} frames and {vis.path} has {vis.count}; cut both to the same length")
+        raise InputError(
+            f"{ir.path} has {ir.count} frames and {vis.path} has {vis.count}; cut both to the same length"
+        )
     names = [{f.stem: f for f in c.files} for c in (ir, vis)]
     lonely = sorted(names[0].keys() ^ names[1].keys()) if names[0].keys() & names[1].keys() else []
-    if lonely: raise InputError(f"{(names[0] | names[1])[lonely[0]]}: has no partner of the same name, so the frames are out of step; remove it or add the other")
+    if lonely:
+        raise InputError(
+            f"{(names[0] | names[1])[lonely[0]]}: has no partner of the same name, so the frames are out of step; remove it or add the other"
+        )
     if fps is None and ir.rate and vis.rate and abs(ir.rate - vis.rate) > max(ir.rate, vis.rate) / 1000:
-        raise InputError(f"{ir.path} has {float(ir.rate):.5g} frames per second and {vis.path} has {float(vis.rate):.5g}; "
-                         "convert one of them, or give fps if the frames belong together one by one")
+        raise InputError(
+            f"{ir.path} has {float(ir.rate):.5g} frames per second and {vis.path} has {float(vis.rate):.5g}; "
+            "convert one of them, or give fps if the frames belong together one by one"
+        )
 
+# %% ../../nbs/06_fusion/03_video.ipynb #d7ddb2e5
 def _rate(ir: Clip, vis: Clip, fps: float | None) -> Fraction:
     "Frames per second of the output: given, of the visible clip, of the infrared clip, or 25."
     if fps is None: return vis.rate or ir.rate or Fraction(25)
     rate = Fraction(fps).limit_denominator(1001) if np.isfinite(fps) else 0
-    if not 0 < rate <= 1000: raise InputError(f"fps: {fps:g} is not a frame rate; give a number between 0.001 and 1000")
+    if not 0 < rate <= 1000:
+        raise InputError(f"fps: {fps:g} is not a frame rate; give a number between 0.001 and 1000")
     return rate
 
 # %% ../../nbs/06_fusion/03_video.ipynb #56f2020a
 def _first_range(px: Pixels) -> tuple[float, float] | None:
     "Robust range of an infrared frame; None where 8 bits or values in [0, 1] need none, or where the frame is constant."
     values = px.values if px.values.ndim == 2 else px.values[..., 0]
-    if px.full == 255 or (px.full is None and values.dtype == np.float32 and values.min() >= 0 and values.max() <= 1): return None
+    if px.full == 255 or (
+        px.full is None and values.dtype == np.float32 and values.min() >= 0 and values.max() <= 1
+    ):
+        return None
     lo, hi, _ = thermal_range(values)
     return (lo, hi) if lo < hi else None
 
+# %% ../../nbs/06_fusion/03_video.ipynb #57d4f5eb
 def _picture(name: Path, px: Pixels, modality: str, range=None, how: str = "given") -> Picture:
     "A frame as the file reader would give it; `how` says where the range comes from."
     if modality == "ir": (luminance, notes), chroma = _infrared(px, range), None
     else: (luminance, chroma), notes = _visible(name, px), ()
-    picture = Picture(luminance, chroma, 8 if px.full == 255 else 16, px.mode, name, (*px.notes, *(n.replace("(given)", f"({how})") for n in notes)))
-    if min(picture.size) < MIN_SIDE: raise InputError(f"{name}: {picture.size[1]}×{picture.size[0]} pixels is too small; both sides need at least {MIN_SIDE}")
-    if luminance.min() == luminance.max(): object.__setattr__(picture, "notes", (*picture.notes, "every pixel has the same value"))
+    picture = Picture(
+        luminance, chroma, 8 if px.full == 255 else 16, px.mode, name,
+        (*px.notes, *(n.replace("(given)", f"({how})") for n in notes)),
+    )
+    if min(picture.size) < MIN_SIDE:
+        raise InputError(
+            f"{name}: {picture.size[1]}×{picture.size[0]} pixels is too small; both sides need at least {MIN_SIDE}"
+        )
+    if luminance.min() == luminance.max():
+        object.__setattr__(picture, "notes", (*picture.notes, "every pixel has the same value"))
     return picture
 
 # %% ../../nbs/06_fusion/03_video.ipynb #72652d1f
 def _depth(px: Pixels) -> str:
     return f"levels from 0 to {px.full:.0f}" if px.full else f"{px.values.dtype} values"
 
+# %% ../../nbs/06_fusion/03_video.ipynb #182c0d7c
 def _same_depth(name: Path, px: Pixels, first: Pixels, range) -> None:
     "Raise `InputError` for an infrared frame of other units than the first one's, if one range is to serve both."
     if px.full != first.full and range != "frame":
-        raise InputError(f"{name}: has {_depth(px)}, the first infrared frame has {_depth(first)}, and one range cannot serve both; "
-                         "store all frames alike, or let each have its own range (--range-per-frame)")
+        raise InputError(
+            f"{name}: has {_depth(px)}, the first infrared frame has {_depth(first)}, and one range cannot serve both; "
+            "store all frames alike, or let each have its own range (--range-per-frame)"
+        )
 
+# %% ../../nbs/06_fusion/03_video.ipynb #e59d8749
 @dataclass(frozen=True, eq=False)
 class FramePair:
     "One pair of frames on its way through the pipeline."
@@ -180,6 +229,7 @@ class FramePair:
     vis: Picture
     colour: bool  # whether the visible stream stores colour, even if this frame shows none
 
+# %% ../../nbs/06_fusion/03_video.ipynb #259a295b
 def pair_frames(
     ir: Clip,
     vis: Clip,
@@ -192,7 +242,9 @@ def pair_frames(
         if a is None and b is None: return
         if a is None or b is None:
             short, long = (ir, vis) if a is None else (vis, ir)
-            raise InputError(f"{short.path}: ends after frame {number}, but {long.path} goes on; cut both to the same length")
+            raise InputError(
+                f"{short.path}: ends after frame {number}, but {long.path} goes on; cut both to the same length"
+            )
         first = first or a
         _same_depth(a_name, a, first, range)
         if range is None and (range := _first_range(a)): how = "robust range of this frame, kept for all"
@@ -201,7 +253,9 @@ def pair_frames(
         pair = FramePair(number, scaled, _picture(b_name, b, "vis"), b.values.ndim == 3)
         if pair.ir.size != pair.vis.size:
             sizes = [f"{p.path} ({p.size[1]}×{p.size[0]})" for p in (pair.ir, pair.vis)]
-            raise InputError(f"{sizes[0]} and {sizes[1]} differ in size; register and crop the clips to one size")
+            raise InputError(
+                f"{sizes[0]} and {sizes[1]} differ in size; register and crop the clips to one size"
+            )
         yield pair
 
 # %% ../../nbs/06_fusion/03_video.ipynb #7c1ef20e
@@ -227,7 +281,8 @@ def read_ahead(
         while True:
             item, error = box.get()
             if isinstance(error, StopIteration): return
-            if error is not None: raise error
+            if error is not None:
+                raise error
             yield item
     finally:
         stop.set()
@@ -255,7 +310,8 @@ class WriteBehind:
         item,  # anything but None
     ) -> None:
         "Hand over an item; waits while the queue is full."
-        if self._error is not None: raise self._error
+        if self._error is not None:
+            raise self._error
         self._box.put(item)
 
     def __enter__(self):
@@ -265,7 +321,8 @@ class WriteBehind:
     def __exit__(self, kind, error, trace):
         self._box.put(None)
         self._thread.join()
-        if kind is None and self._error is not None: raise self._error
+        if kind is None and self._error is not None:
+            raise self._error
 
 # %% ../../nbs/06_fusion/03_video.ipynb #cd62210f
 VIDEOS = (".mkv", ".mp4")
@@ -277,6 +334,7 @@ def _levels(pair: FramePair, fused: np.ndarray, colour: bool) -> np.ndarray:
     levels = to_levels(fused, pair.vis.chroma, bits=pair.vis.bits)
     return np.ascontiguousarray(np.repeat(levels[..., None], 3, 2) if colour and levels.ndim == 2 else levels)
 
+# %% ../../nbs/06_fusion/03_video.ipynb #70d58ff7
 class VideoFile:
     "A video file that grows frame by frame; size, depth and colour are those of the first frame."
     def __init__(
@@ -296,7 +354,9 @@ class VideoFile:
         kind = (fused.shape, pair.vis.bits, pair.colour)
         if self._container is None: self._open(*kind)
         if kind != self._kind:
-            raise InputError(f"{pair.vis.path}: frame {pair.number} has another size, depth or number of channels than the first; make them alike or write a folder of PNG")
+            raise InputError(
+                f"{pair.vis.path}: frame {pair.number} has another size, depth or number of channels than the first; make them alike or write a folder of PNG"
+            )
         self._encode(_levels(pair, fused, pair.colour))
         self.frames += 1
 
@@ -305,24 +365,38 @@ class VideoFile:
 def _open(self: VideoFile, shape: tuple[int, int], bits: int, colour: bool) -> None:
     "Begin the file; from now on `_kind` is fixed."
     av, (h, w), mp4 = _av(), shape, self.path.suffix.lower() == ".mp4"
-    if mp4 and bits > 8: raise InputError(f"{self.name}: .mp4 holds 8 bits here and the visible frames have 16; write .mkv or a folder of PNG")
+    if mp4 and bits > 8:
+        raise InputError(
+            f"{self.name}: .mp4 holds 8 bits here and the visible frames have 16; write .mkv or a folder of PNG"
+        )
     name = "libx264" if mp4 else "ffv1"
-    if name not in av.codecs_available: raise InputError(f"{self.name}: this build of PyAV has no {name} encoder; write {'.mkv or ' if mp4 else ''}a folder of PNG")
-    self._kind, self._layout, self._container = (shape, bits, colour), _LAYOUT[bits, colour], av.open(str(self.path), "w")
+    if name not in av.codecs_available:
+        raise InputError(
+            f"{self.name}: this build of PyAV has no {name} encoder; write {'.mkv or ' if mp4 else ''}a folder of PNG"
+        )
+    self._kind, self._layout, self._container = (
+        (shape, bits, colour), _LAYOUT[bits, colour], av.open(str(self.path), "w"),
+    )
     self._stream = s = self._container.add_stream(name, rate=self.rate)
     s.height, s.width = h, w
     s.pix_fmt = ("yuv444p" if h % 2 or w % 2 else "yuv420p") if mp4 else _FFV1[bits, colour]
     s.options = {"crf": "14", "preset": "veryfast"} if mp4 else {"level": "3", "slices": "4", "slicecrc": "1"}
 
+# %% ../../nbs/06_fusion/03_video.ipynb #c7ab3454
 @patch
 def _encode(self: VideoFile, levels: np.ndarray | None) -> None:
     "Encode and store one frame, or with None what the encoder holds back."
     av = _av()
     try:
         frame = None if levels is None else av.VideoFrame.from_ndarray(levels, format=self._layout)
-        for packet in self._stream.encode(frame): self._container.mux(packet)
-    except av.FFmpegError as e: raise InputError(f"{self.name}: frame {self.frames + 1} cannot be written ({e.strerror or e}); free some space or choose another place") from e
+        for packet in self._stream.encode(frame):
+            self._container.mux(packet)
+    except av.FFmpegError as e:
+        raise InputError(
+            f"{self.name}: frame {self.frames + 1} cannot be written ({e.strerror or e}); free some space or choose another place"
+        ) from e
 
+# %% ../../nbs/06_fusion/03_video.ipynb #328a7834
 @patch
 def close(self: VideoFile) -> None:
     "Write what is held back and the end of the file."
@@ -334,13 +408,18 @@ def close(self: VideoFile) -> None:
 def _png_name(number: int, source: Path, numbered: bool) -> str:
     return f"{number:06d}.png" if numbered else f"{source.stem}.png"
 
+# %% ../../nbs/06_fusion/03_video.ipynb #8aefa1e3
 def _no_other_frames(out: Path, ir: Clip, vis: Clip) -> None:
     "Raise `InputError` if the folder holds an image that will not be replaced."
     sources = vis.files or [vis.path] * (vis.count or ir.count or 0)
     new = {_png_name(i, f, not vis.files) for i, f in enumerate(sources, 1)}
     old = sorted(f.name for files in list_images(out).values() for f in files if f.name not in new)
-    if old: raise InputError(f"{out}: holds {old[0]}{', …' * (len(old) > 1)}, which may stay there among the new frames; empty the folder or choose another")
+    if old:
+        raise InputError(
+            f"{out}: holds {old[0]}{', …' * (len(old) > 1)}, which may stay there among the new frames; empty the folder or choose another"
+        )
 
+# %% ../../nbs/06_fusion/03_video.ipynb #73e9acc1
 class PngFolder:
     "A folder that receives one PNG a frame, named like the visible frame, or by number if that comes from a video."
     def __init__(
@@ -356,7 +435,10 @@ class PngFolder:
     ) -> None:
         "Write a frame, complete or not at all."
         pair, fused = item
-        write_image(self.path / _png_name(pair.number, pair.vis.path, self.numbered), fused, pair.vis.chroma, bits=pair.vis.bits)
+        write_image(
+            self.path / _png_name(pair.number, pair.vis.path, self.numbered), fused, pair.vis.chroma,
+            bits=pair.vis.bits,
+        )
         self.frames += 1
 
 # %% ../../nbs/06_fusion/03_video.ipynb #9d67685d
@@ -364,12 +446,15 @@ def _target(out: str | Path, ir: Clip, vis: Clip) -> Path:
     "The output, neither a source nor of an unknown kind nor a folder of other frames."
     out = Path(out).expanduser()
     if out.suffix and not out.is_dir() and out.suffix.lower() not in VIDEOS:
-        raise InputError(f"{out}: video is written as {' or '.join(VIDEOS)}; a name without an ending is a folder of PNG")
+        raise InputError(
+            f"{out}: video is written as {' or '.join(VIDEOS)}; a name without an ending is a folder of PNG"
+        )
     if out.exists() and any(os.path.samefile(out, c.path) for c in (ir, vis)):
         raise InputError(f"{out}: is a source and would be overwritten; choose another output")
     if out.is_dir(): _no_other_frames(out, ir, vis)
     return out
 
+# %% ../../nbs/06_fusion/03_video.ipynb #3793f673
 @contextlib.contextmanager
 def _sink(out: Path, vis: Clip, rate: Fraction, log: Callable[[str], None]) -> Iterator[VideoFile | PngFolder]:
     "Something to write frames to; what was written before an error is kept and named."
@@ -389,6 +474,7 @@ def _sink(out: Path, vis: Clip, rate: Fraction, log: Callable[[str], None]) -> I
             _rescue(video, out.with_name(f"{out.stem}.partial{out.suffix}"), log)
             raise
 
+# %% ../../nbs/06_fusion/03_video.ipynb #a96317a9
 def _rescue(video: VideoFile, partial: Path, log: Callable[[str], None]) -> None:
     "Close a video that broke off and keep it under a name that says so."
     try: video.close()
@@ -409,6 +495,7 @@ class VideoReport:
         "One line for the user."
         return f"{self.frames} frames fused into {self.out}, {self.frames / max(self.seconds, 1e-9):.2f} frames/s"
 
+# %% ../../nbs/06_fusion/03_video.ipynb #ed3eb2ca
 def _remarks(log: Callable[[str], None]) -> Callable[[FramePair], None]:
     "Pass on each remark once, with the frame it first came with."
     seen = set()
@@ -446,5 +533,6 @@ def fuse_video(
         for pair in tqdm(pairs, total=total, desc="fusing", unit="frame", disable=not progress):
             say(pair)
             behind.put((pair, fuse_pictures(model, vis=pair.vis, ir=pair.ir)))
-    if not sink.frames: raise InputError(f"{a.path} and {b.path}: hold no frame; give clips with at least one")
+    if not sink.frames:
+        raise InputError(f"{a.path} and {b.path}: hold no frame; give clips with at least one")
     return VideoReport(target, sink.frames, time.perf_counter() - start)

@@ -24,6 +24,7 @@ def _correlate(x: Tensor, y: Tensor, dims: tuple[int, ...], eps: float = 1e-12) 
     vx, vy = _mean(x.square(), dims), _mean(y.square(), dims)
     return _mean(x * y, dims) / ((vx + eps).sqrt() * (vy + eps).sqrt())
 
+# %% ../../nbs/02_losses/04_decomposition.ipynb #23d66479
 def cc(
     x: Tensor,  # B×C×H×W
     y: Tensor,  # B×C×H×W
@@ -43,17 +44,25 @@ def cc(
 def _ratio(base, detail, interact, delta: float):
     return ((detail.square() + interact) / (base + delta)).mean()
 
+# %% ../../nbs/02_losses/04_decomposition.ipynb #8d460c59
 def _parts(features: dict, names: tuple[str, str], variant: str) -> Tensor:
     missing = [n for n in names if n not in features]
     if missing:
-        raise InputError(f"features: {', '.join(missing)} missing (found {', '.join(sorted(features))}); use the dictionary that the network returns for this stage")
+        raise InputError(
+            f"features: {', '.join(missing)} missing (found {', '.join(sorted(features))}); use the dictionary that the network returns for this stage"
+        )
     return cc(features[names[0]], features[names[1]], variant=variant)
 
+# %% ../../nbs/02_losses/04_decomposition.ipynb #9c51dd6a
 def _correlations(features: dict, variant: str, graph: bool) -> dict[str, Tensor]:
-    found = {"cc_base": _parts(features, ("ir_base", "vis_base"), variant), "cc_detail": _parts(features, ("ir_detail", "vis_detail"), variant)}
+    found = {
+        "cc_base": _parts(features, ("ir_base", "vis_base"), variant),
+        "cc_detail": _parts(features, ("ir_detail", "vis_detail"), variant),
+    }
     if graph: found["cc_graph"] = _parts(features, ("graph_ir", "graph_vis"), variant)
     return found
 
+# %% ../../nbs/02_losses/04_decomposition.ipynb #9f992c4c
 def decomposition_stage1(
     features: dict,  # ir_base, vis_base, ir_detail, vis_detail (and graph_ir, graph_vis if graph_weight > 0): B×C×H×W
     *,
@@ -77,6 +86,10 @@ def decomposition_stage2(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # scalar loss; batch means of the correlations, detached
     "Decomposition loss of stage II, eq 27."
     parts = _correlations(features, variant, graph_weight > 0 or "graph_ir" in features)
-    interact = graph_weight * parts["cc_graph" if variant == "paper" else "cc_detail"].square() if graph_weight else 0.0
+    interact = (
+        graph_weight * parts["cc_graph" if variant == "paper" else "cc_detail"].square()
+        if graph_weight
+        else 0.0
+    )
     loss = _ratio(parts["cc_base"], parts["cc_detail"], interact, delta)
     return loss, {k: v.detach().mean() for k, v in parts.items()}

@@ -25,10 +25,12 @@ class Row(NamedTuple):
 
 _R, _I, _S, _D, _T = "01_reconstruction", "02_intensity", "03_semantic", "04_decomposition", "05_stages"
 EQUATIONS = (
-    Row(17, _R, "spatial_gradient_l1", "test_eq17_outer_gradient"), Row(17, _T, "stage1_loss", "test_eq17_total"),
-    Row(18, _R, "dssim", "test_eq18_19_structure"), Row(18, _R, "sobel_l1", "test_eq18_19_edges"),
+    Row(17, _R, "spatial_gradient_l1", "test_eq17_outer_gradient"),
+    Row(17, _T, "stage1_loss", "test_eq17_total"), Row(18, _R, "dssim", "test_eq18_19_structure"),
+    Row(18, _R, "sobel_l1", "test_eq18_19_edges"),
     Row(18, _T, "reconstruction_vis", "test_eq18_reconstruction_vis"),
-    Row(19, _R, "dssim", "test_eq18_19_structure"), Row(19, _R, "sobel_l1", "test_eq18_19_edges"),
+    Row(19, _R, "dssim", "test_eq18_19_structure"),
+    Row(19, _R, "sobel_l1", "test_eq18_19_edges"),
     Row(19, _T, "reconstruction_ir", "test_eq19_reconstruction_ir"),
     Row(20, _I, "gram_mse", "test_eq20_gram"), Row(20, _I, "gram_distance", "test_eq20_gram"),
     Row(21, _S, "jaccard_distance", "test_eq21_jaccard"), Row(22, _S, "class_errors", "test_eq22_errors"),
@@ -50,6 +52,7 @@ class Section:
     functions: dict | None = None  # name -> (cell number, docstring) of what exported cells define
     lessons: tuple[int, ...] = ()  # numbers of lesson cells with an assertion
 
+# %% ../../nbs/02_losses/06_index.ipynb #c7792fe9
 def heading_equations(
     line: str,  # a line of Markdown
 ) -> tuple[int, ...]:
@@ -57,6 +60,7 @@ def heading_equations(
     if not line.startswith("#") or not re.search(r"\bEqs?\. \(", line): return ()
     return tuple(int(n) for n in re.findall(r"\((\d+)\)", line))
 
+# %% ../../nbs/02_losses/06_index.ipynb #94f88be5
 def docstring_equations(
     doc: str,  # a docstring
 ) -> set[int]:
@@ -70,9 +74,16 @@ def docstring_equations(
 # %% ../../nbs/02_losses/06_index.ipynb #e43c5750
 def _checks_something(tree: ast.AST) -> bool:
     "Whether code has an assert statement or calls assert_close and the like."
-    names = [n.attr if isinstance(n, ast.Attribute) else n.id for n in ast.walk(tree) if isinstance(n, (ast.Attribute, ast.Name))]
-    return any(isinstance(n, ast.Assert) for n in ast.walk(tree)) or any(n.startswith("assert_") for n in names)
+    names = [
+        n.attr if isinstance(n, ast.Attribute) else n.id
+        for n in ast.walk(tree)
+        if isinstance(n, (ast.Attribute, ast.Name))
+    ]
+    return any(isinstance(n, ast.Assert) for n in ast.walk(tree)) or any(
+        n.startswith("assert_") for n in names
+    )
 
+# %% ../../nbs/02_losses/06_index.ipynb #66274ae5
 def _add_code(section: Section, number: int, source: str) -> None:
     tree = ast.parse(source)
     if source.startswith("#| export"):
@@ -82,17 +93,22 @@ def _add_code(section: Section, number: int, source: str) -> None:
     elif _checks_something(tree):
         section.lessons += (number,)
 
+# %% ../../nbs/02_losses/06_index.ipynb #bdcc6bf2
 def sections(
     path: Path,  # a notebook file
 ) -> list[Section]:
     "Cut a notebook at its headings."
     try: cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise InputError(f"{path}: not a readable notebook ({e}); run this from a checkout with its nbs folder") from e
+        raise InputError(
+            f"{path}: not a readable notebook ({e}); run this from a checkout with its nbs folder"
+        ) from e
     out = [Section("", (), functions={})]
     for number, cell in enumerate(cells):
         source = "".join(cell["source"])
-        if cell["cell_type"] == "code": _add_code(out[-1], number, source); continue
+        if cell["cell_type"] == "code":
+            _add_code(out[-1], number, source)
+            continue
         for line in source.splitlines():
             if re.match(r"#+ ", line): out.append(Section(line, heading_equations(line), functions={}))
             out[-1].latex |= "$$" in line
@@ -106,14 +122,17 @@ def _check_row(row: Row, parts: list[Section], tests: dict[str, ast.FunctionDef]
     number, doc = section.functions[row.function]
     found = []
     if not section.latex: found.append(f"{where}: the section has no displayed equation")
-    if row.equation not in docstring_equations(doc): found.append(f"{where}: the docstring does not name eq {row.equation}")
-    if not any(n > number for n in section.lessons): found.append(f"{where}: no lesson cell with an assertion follows")
+    if row.equation not in docstring_equations(doc):
+        found.append(f"{where}: the docstring does not name eq {row.equation}")
+    if not any(n > number for n in section.lessons):
+        found.append(f"{where}: no lesson cell with an assertion follows")
     test = tests.get(row.test)
     if test is None: found.append(f"{where}: test {row.test} does not exist")
     elif not _checks_something(test) or row.function not in {n.id for n in ast.walk(test) if isinstance(n, ast.Name)}:
         found.append(f"{where}: test {row.test} does not check it")
     return found
 
+# %% ../../nbs/02_losses/06_index.ipynb #64edacf0
 def check_index(
     root: Path,  # checkout, with nbs/02_losses and tests/losses/test_losses.py
     rows: tuple[Row, ...] = EQUATIONS,  # the index
@@ -122,10 +141,19 @@ def check_index(
     notebooks = {p.stem: sections(p) for p in sorted((Path(root) / "nbs" / "02_losses").glob("*.ipynb"))}
     tree = ast.parse((Path(root) / "tests" / "losses" / "test_losses.py").read_text(encoding="utf-8"))
     tests = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef)}
-    found = [f"equation {n} is missing from the index" for n in range(17, 31) if n not in {r.equation for r in rows}]
+    found = [
+        f"equation {n} is missing from the index"
+        for n in range(17, 31)
+        if n not in {r.equation for r in rows}
+    ]
     known = {(r.equation, r.notebook) for r in rows}
     for stem, parts in notebooks.items():
-        found += [f"{stem}: heading {s.heading!r} has no row for eq {n}" for s in parts for n in s.equations if (n, stem) not in known]
+        found += [
+            f"{stem}: heading {s.heading!r} has no row for eq {n}"
+            for s in parts
+            for n in s.equations
+            if (n, stem) not in known
+        ]
     return found + [f for row in rows for f in _check_row(row, notebooks.get(row.notebook, []), tests)]
 
 # %% ../../nbs/02_losses/06_index.ipynb #3e08b0e5
@@ -137,8 +165,19 @@ def locate(
     out = []
     for row in rows:
         parts = sections(Path(root) / "nbs" / "02_losses" / f"{row.notebook}.ipynb")
-        section = next((s for s in parts if row.equation in s.equations and row.function in s.functions), None)
-        if section is None: raise InputError(f"eq {row.equation}: {row.notebook} has no such section; run check_index for all findings")
-        out.append({"equation": row.equation, "notebook": row.notebook, "section": section.heading.lstrip("# "),
-                    "cell": section.functions[row.function][0], "function": row.function, "test": row.test})
+        section = next(
+            (s for s in parts if row.equation in s.equations and row.function in s.functions), None
+        )
+        if section is None:
+            raise InputError(
+                f"eq {row.equation}: {row.notebook} has no such section; run check_index for all findings"
+            )
+        out.append(
+            {
+                "equation": row.equation,
+                "notebook": row.notebook,
+                "section": section.heading.lstrip("# "),
+                "cell": section.functions[row.function][0], "function": row.function, "test": row.test,
+            }
+        )
     return out

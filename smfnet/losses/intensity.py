@@ -32,6 +32,7 @@ def gram_mse(
     check_same(x, y)
     return (gram(x) - gram(y)).square().mean()
 
+# %% ../../nbs/02_losses/02_intensity.ipynb #2f2d410c
 def gram_distance(
     x: Tensor,  # B×C×H×W
     y: Tensor,  # B×C×H×W
@@ -49,6 +50,7 @@ def _lift(x: Tensor, k: int) -> Tensor:
     b, _, h, w = x.shape
     return x if k == 1 else F.unfold(x, k).view(b, -1, h - k + 1, w - k + 1)
 
+# %% ../../nbs/02_losses/02_intensity.ipynb #538ff995
 def intensity_loss(
     x_hat: Tensor,  # B×C×H×W, [0,1]; the reconstruction
     x: Tensor,  # B×C×H×W, [0,1]; the source
@@ -60,6 +62,8 @@ def intensity_loss(
     check_choice("variant", variant)
     check_same(x_hat, x, names=("x_hat", "x"))
     if neighbourhood < 1 or neighbourhood % 2 == 0 or neighbourhood > min(x.shape[-2:]):
-        raise InputError(f"neighbourhood: {neighbourhood} does not fit; give an odd number of pixels from 1 to the image's smaller side")
+        raise InputError(
+            f"neighbourhood: {neighbourhood} does not fit; give an odd number of pixels from 1 to the image's smaller side"
+        )
     distance = gram_distance if variant == "paper" else gram_mse
     return distance(_lift(x_hat, neighbourhood), _lift(x, neighbourhood))

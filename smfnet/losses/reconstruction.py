@@ -17,6 +17,7 @@ from ..core.checks import InputError
 # %% ../../nbs/02_losses/01_reconstruction.ipynb #c4add99c
 VARIANTS = ("paper", "released")
 
+# %% ../../nbs/02_losses/01_reconstruction.ipynb #1b148765
 def check_choice(
     name: str,  # argument name, for the message
     value: str,  # what the caller gave
@@ -27,6 +28,7 @@ def check_choice(
         raise InputError(f"{name}: {value!r} is unknown; choose one of {', '.join(map(repr, allowed))}")
     return value
 
+# %% ../../nbs/02_losses/01_reconstruction.ipynb #d87a8c83
 def check_same(
     x: Tensor,  # B×C×H×W
     y: Tensor,  # B×C×H×W
@@ -40,9 +42,13 @@ def check_same(
             found = f"{t.dtype} {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
             raise InputError(f"{name}: expected a floating-point B×C×H×W tensor, found {found}")
     if x.shape != y.shape:
-        raise InputError(f"{names[0]} {tuple(x.shape)} and {names[1]} {tuple(y.shape)} differ; losses compare tensors of one shape")
+        raise InputError(
+            f"{names[0]} {tuple(x.shape)} and {names[1]} {tuple(y.shape)} differ; losses compare tensors of one shape"
+        )
     if min(x.shape[-2:]) < min_side:
-        raise InputError(f"{names[0]}: {x.shape[-2]}×{x.shape[-1]} is too small; both sides need at least {min_side} pixels")
+        raise InputError(
+            f"{names[0]}: {x.shape[-2]}×{x.shape[-1]} is too small; both sides need at least {min_side} pixels"
+        )
 
 # %% ../../nbs/02_losses/01_reconstruction.ipynb #de43748e
 def ssim_map(
@@ -53,6 +59,7 @@ def ssim_map(
     check_same(x, y, min_side=6)
     return ssim(x, y, 11)
 
+# %% ../../nbs/02_losses/01_reconstruction.ipynb #ab23f014
 def dssim(
     x: Tensor,  # B×C×H×W, [0,1]
     y: Tensor,  # B×C×H×W, [0,1]
@@ -67,6 +74,7 @@ def dssim(
 # %% ../../nbs/02_losses/01_reconstruction.ipynb #2c80ef75
 _SOBEL_X = ((-1.0, 0.0, 1.0), (-2.0, 0.0, 2.0), (-1.0, 0.0, 1.0))
 
+# %% ../../nbs/02_losses/01_reconstruction.ipynb #284f049d
 def sobel(
     x: Tensor,  # B×C×H×W
 ) -> Tensor:  # B×C×H×W, not negative
@@ -76,6 +84,7 @@ def sobel(
     g = F.conv2d(x.flatten(0, 1)[:, None], kernels, padding=1)
     return g.abs().sum(1).view(x.shape)
 
+# %% ../../nbs/02_losses/01_reconstruction.ipynb #0826e552
 def sobel_l1(
     x: Tensor,  # B×C×H×W, [0,1]
     y: Tensor,  # B×C×H×W, [0,1]

@@ -57,6 +57,7 @@ def _rows(t: Tensor, per_image: bool) -> Tensor:
     "B×K×H×W -> B×K×N, or 1×K×BN when the batch counts as one image."
     return t.flatten(2) if per_image else t.transpose(0, 1).flatten(1)[None]
 
+# %% ../../nbs/02_losses/03_semantic.ipynb #2ee65f52
 def lovasz_softmax(
     score: Tensor,  # B×K×H×W, [0,1]; class probabilities
     labels: Tensor,  # B×H×W integer; class of each pixel; values outside 0…K-1 belong to none
@@ -65,7 +66,9 @@ def lovasz_softmax(
 ) -> Tensor:  # scalar, [0,1]
     "Lovász-Softmax loss, eqs 21-25, averaged over the classes present in an image, then over images."
     if score.ndim != 4 or labels.shape != (score.shape[0], *score.shape[2:]):
-        raise InputError(f"score {tuple(score.shape)} and labels {tuple(labels.shape)}: expected B×K×H×W and B×H×W")
+        raise InputError(
+            f"score {tuple(score.shape)} and labels {tuple(labels.shape)}: expected B×K×H×W and B×H×W"
+        )
     truth = labels[:, None] == torch.arange(score.shape[1], device=labels.device).view(1, -1, 1, 1)
     truth, score = _rows(truth, per_image), _rows(score, per_image)
     losses, present = lovasz(class_errors(score, truth), truth), truth.any(-1)
@@ -79,6 +82,7 @@ def ordered_labels(
     "Grey values as K ordered classes of equal width."
     return (x[:, 0] * classes).long().clamp(0, classes - 1)
 
+# %% ../../nbs/02_losses/03_semantic.ipynb #c7c76b78
 def ordered_scores(
     x: Tensor,  # B×1×H×W, [0,1]
     classes: int,  # K
@@ -105,13 +109,17 @@ def _released(x_hat, x):
     return lovasz_softmax(torch.softmax(x_hat, dim=1), torch.where(x[:, 0] == 0, 0, -1), per_image=False)
 
 def _ordered(x_hat, x, classes, softness, per_image):
-    return lovasz_softmax(ordered_scores(x_hat, classes, softness), ordered_labels(x, classes), per_image=per_image)
+    return lovasz_softmax(
+        ordered_scores(x_hat, classes, softness), ordered_labels(x, classes), per_image=per_image
+    )
 
+# %% ../../nbs/02_losses/03_semantic.ipynb #ee7a11be
 def _foreground(x_hat, x, width, per_image):
     t = foreground_threshold(x)
     score, labels = torch.sigmoid((x_hat - t) / width), torch.where(x > t, 0, -1)[:, 0]
     return lovasz_softmax(score, labels, per_image=per_image)
 
+# %% ../../nbs/02_losses/03_semantic.ipynb #3dd7531f
 def semantic_loss(
     x_hat: Tensor,  # B×1×H×W, [0,1]; the reconstruction
     x: Tensor,  # B×1×H×W, [0,1]; the source, which gives the classes
@@ -128,7 +136,9 @@ def semantic_loss(
     check_choice("reading", reading, READINGS)
     check_same(x_hat, x, names=("x_hat", "x"))
     if x.shape[1] != 1 or classes < 2 or softness <= 0 or width <= 0:
-        raise InputError(f"semantic_loss needs one channel, classes ≥ 2, softness > 0, width > 0; found C={x.shape[1]}, {classes}, {softness}, {width}")
+        raise InputError(
+            f"semantic_loss needs one channel, classes ≥ 2, softness > 0, width > 0; found C={x.shape[1]}, {classes}, {softness}, {width}"
+        )
     if variant == "released": return _released(x_hat, x)
     if reading == "foreground": return _foreground(x_hat, x, width, per_image)
     return _ordered(x_hat, x, classes, softness, per_image)

@@ -28,7 +28,9 @@ def _check_weights(weights) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
             raise InputError(f"{f.name}: {value!r} is not a weight; give a finite number, 0 or more")
     if weights.delta <= 1:
-        raise InputError(f"delta: {weights.delta} lets the denominator of eq 26 reach 0; give a number above 1")
+        raise InputError(
+            f"delta: {weights.delta} lets the denominator of eq 26 reach 0; give a number above 1"
+        )
 
 # %% ../../nbs/02_losses/05_stages.ipynb #52b7db3d
 @dataclass(frozen=True)
@@ -60,7 +62,9 @@ class LossWeights:
         check_choice("name", name, WEIGHTS)
         unknown = sorted(set(overrides) - {f.name for f in fields(cls)})
         if unknown:
-            raise InputError(f"weights: {', '.join(unknown)} unknown; choose from {', '.join(f.name for f in fields(cls))}")
+            raise InputError(
+                f"weights: {', '.join(unknown)} unknown; choose from {', '.join(f.name for f in fields(cls))}"
+            )
         return replace(cls(**WEIGHTS[name]), **overrides)
 
 # %% ../../nbs/02_losses/05_stages.ipynb #037ed52b
@@ -84,10 +88,13 @@ def _weighted_sum(table: dict[str, tuple[float, Callable[[], Tensor]]]) -> tuple
 def _full_precision(t: Tensor) -> Tensor:
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
+# %% ../../nbs/02_losses/05_stages.ipynb #826db834
 def _prepare(features: dict, needed: tuple[str, ...], vis: Tensor, ir: Tensor):
     missing = [n for n in needed if n not in features]
     if missing:
-        raise InputError(f"features: {', '.join(missing)} missing (found {', '.join(sorted(features))}); use the dictionary that the network returns for this stage")
+        raise InputError(
+            f"features: {', '.join(missing)} missing (found {', '.join(sorted(features))}); use the dictionary that the network returns for this stage"
+        )
     check_same(vis, ir, names=("vis", "ir"))
     for name in needed: check_same(features[name], vis, names=(name, "vis"))
     return {k: _full_precision(v) for k, v in features.items()}, _full_precision(vis), _full_precision(ir)
@@ -95,9 +102,11 @@ def _prepare(features: dict, needed: tuple[str, ...], vis: Tensor, ir: Tensor):
 # %% ../../nbs/02_losses/05_stages.ipynb #9362f15e
 def reconstruction_vis(x_hat: Tensor, x: Tensor, weights: LossWeights, variant: str, reading: str) -> dict:
     "Terms of L_vi, eq 18: name -> (weight, computation)."
-    return {"ssim_vis": (weights.alpha3, lambda: dssim(x_hat, x, variant=variant)),
-            "semantic_vis": (weights.semantic, lambda: semantic_loss(x_hat, x, variant=variant, reading=reading)),
-            "sobel_vis": (weights.beta1, lambda: sobel_l1(x_hat, x))}
+    return {
+        "ssim_vis": (weights.alpha3, lambda: dssim(x_hat, x, variant=variant)),
+        "semantic_vis": (weights.semantic, lambda: semantic_loss(x_hat, x, variant=variant, reading=reading)),
+        "sobel_vis": (weights.beta1, lambda: sobel_l1(x_hat, x)),
+    }
 
 def reconstruction_ir(x_hat: Tensor, x: Tensor, weights: LossWeights, variant: str) -> dict:
     "Terms of L_ir, eq 19: name -> (weight, computation)."
@@ -119,7 +128,9 @@ def stage1_loss(
     check_choice("variant", variant)
     f, vis, ir = _prepare(features, ("recon_vis", "recon_ir"), vis, ir)
     with torch.autocast(vis.device.type, enabled=False):
-        decomposition, parts = decomposition_stage1(f, variant=variant, delta=weights.delta, graph_weight=weights.graph_cc_stage1)
+        decomposition, parts = decomposition_stage1(
+            f, variant=variant, delta=weights.delta, graph_weight=weights.graph_cc_stage1
+        )
         total, terms = _weighted_sum({
             **reconstruction_vis(f["recon_vis"], vis, weights, variant, reading),
             **reconstruction_ir(f["recon_ir"], ir, weights, variant),
@@ -140,6 +151,7 @@ def fusion_intensity(
     check_same(fused, vis, names=("fused", "vis"))
     return (fused - torch.maximum(vis.abs(), ir.abs())).abs().mean()
 
+# %% ../../nbs/02_losses/05_stages.ipynb #5342e84d
 def fusion_gradient(
     fused: Tensor,  # B×1×H×W, [0,1]
     *,
@@ -164,7 +176,9 @@ def stage2_loss(
     check_choice("variant", variant)
     f, vis, ir = _prepare(features, ("fused",), vis, ir)
     with torch.autocast(vis.device.type, enabled=False):
-        decomposition, parts = decomposition_stage2(f, variant=variant, delta=weights.delta, graph_weight=weights.graph_cc_stage2)
+        decomposition, parts = decomposition_stage2(
+            f, variant=variant, delta=weights.delta, graph_weight=weights.graph_cc_stage2
+        )
         total, terms = _weighted_sum({
             "intensity": (1.0, lambda: fusion_intensity(f["fused"], vis=vis, ir=ir)),
             "decomposition": (weights.alpha4, lambda: decomposition),
@@ -185,8 +199,11 @@ class Stage1Loss:
 
     def __call__(self, features: dict, *, vis: Tensor, ir: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         "Total and terms of eq 17."
-        return stage1_loss(features, vis=vis, ir=ir, weights=self.weights, variant=self.variant, reading=self.reading)
+        return stage1_loss(
+            features, vis=vis, ir=ir, weights=self.weights, variant=self.variant, reading=self.reading
+        )
 
+# %% ../../nbs/02_losses/05_stages.ipynb #5e143cb1
 @dataclass(frozen=True)
 class Stage2Loss:
     "Callable loss of stage II with fixed choices, see `stage2_loss`."

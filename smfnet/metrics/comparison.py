@@ -24,10 +24,14 @@ def bootstrap_interval(
 ) -> tuple[float, float]:  # lower and upper end; NaN for fewer than two values
     "Percentile bootstrap interval of the mean."
     x = np.asarray(values, dtype=np.float64)
-    if np.isnan(x).any(): raise InputError("values: contain undefined entries; leave them out and state how many")
+    if np.isnan(x).any():
+        raise InputError("values: contain undefined entries; leave them out and state how many")
     if len(x) < 2: return float("nan"), float("nan")
     rng, step = np.random.default_rng(seed), max(1, 2**22 // len(x))
-    means = [x[rng.integers(len(x), size=(min(step, resamples - i), len(x)))].mean(1) for i in range(0, resamples, step)]
+    means = [
+        x[rng.integers(len(x), size=(min(step, resamples - i), len(x)))].mean(1)
+        for i in range(0, resamples, step)
+    ]
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -44,7 +48,9 @@ def summarise(
     for metric in table.columns:
         x = table[metric].dropna()
         low, high = bootstrap_interval(x, level=level, resamples=resamples, seed=seed)
-        rows[metric] = {"mean": x.mean(), "low": low, "high": high, "n": len(x), "undefined": len(table) - len(x)}
+        rows[metric] = {
+            "mean": x.mean(), "low": low, "high": high, "n": len(x), "undefined": len(table) - len(x),
+        }
     summary = pd.DataFrame.from_dict(rows, orient="index").rename_axis("metric")
     summary.attrs["protocol"] = table.attrs.get("protocol")
     return summary
@@ -73,16 +79,23 @@ def holm(
 
 # %% ../../nbs/07_metrics/09_comparison.ipynb #1d0519ba
 def _check_tables(tables: Mapping[str, pd.DataFrame], reference: str) -> None:
-    if len(tables) < 2: raise InputError(f"tables: {len(tables)} given; a comparison needs at least two methods")
-    if reference not in tables: raise InputError(f"reference: {reference!r} is not among {', '.join(tables)}")
+    if len(tables) < 2:
+        raise InputError(f"tables: {len(tables)} given; a comparison needs at least two methods")
+    if reference not in tables:
+        raise InputError(f"reference: {reference!r} is not among {', '.join(tables)}")
     base = tables[reference]
     for name, table in tables.items():
         if table.attrs.get("protocol") != base.attrs.get("protocol"):
-            raise InputError(f"{name}: measured under {table.attrs.get('protocol')}, {reference} under {base.attrs.get('protocol')}; use one protocol")
+            raise InputError(
+                f"{name}: measured under {table.attrs.get('protocol')}, {reference} under {base.attrs.get('protocol')}; use one protocol"
+            )
         if set(table.index) != set(base.index) or table.index.has_duplicates:
             odd = sorted(map(str, set(table.index) ^ set(base.index)))[:5]
-            raise InputError(f"{name}: its images differ from those of {reference} ({', '.join(odd) or 'doubled stems'}); measure both on the same images")
-        if list(table.columns) != list(base.columns): raise InputError(f"{name}: its metrics differ from those of {reference}")
+            raise InputError(
+                f"{name}: its images differ from those of {reference} ({', '.join(odd) or 'doubled stems'}); measure both on the same images"
+            )
+        if list(table.columns) != list(base.columns):
+            raise InputError(f"{name}: its metrics differ from those of {reference}")
 
 # %% ../../nbs/07_metrics/09_comparison.ipynb #d0663571
 def compare(
@@ -102,8 +115,15 @@ def compare(
         for metric in difference.columns:
             d = difference[metric].dropna()
             low, high = bootstrap_interval(d, level=level, resamples=resamples, seed=seed)
-            rows.append((metric, name, reference, len(d), d.mean(), low, high, wilcoxon_p(d) if len(d) else float("nan")))
-    result = pd.DataFrame(rows, columns=["metric", "method", "against", "n", "difference", "low", "high", "p"])
+            rows.append(
+                (
+                    metric, name, reference, len(d), d.mean(), low, high,
+                    wilcoxon_p(d) if len(d) else float("nan"),
+                )
+            )
+    result = pd.DataFrame(
+        rows, columns=["metric", "method", "against", "n", "difference", "low", "high", "p"]
+    )
     tested = result["p"].notna()
     result.loc[tested, "p_holm"] = holm(result.loc[tested, "p"])
     result.attrs["protocol"] = tables[reference].attrs.get("protocol")

@@ -33,8 +33,15 @@ def read_gray(
 ) -> np.ndarray:  # H×W float32, whole numbers 0-255
     "Read an image file as the protocol does: decoded to 8 bits, colour to gray."
     decoded = read_pixels(path)
-    if decoded.full is None: raise InputError(f"{path}: {decoded.mode} pixels have no 8-bit reading; save the image as PNG with 8 bits")
-    values = decoded.values if decoded.full == 255 else (decoded.values.astype(np.float64) * (65535 / decoded.full)).astype(np.uint16) >> 8
+    if decoded.full is None:
+        raise InputError(
+            f"{path}: {decoded.mode} pixels have no 8-bit reading; save the image as PNG with 8 bits"
+        )
+    values = (
+        decoded.values
+        if decoded.full == 255
+        else (decoded.values.astype(np.float64) * (65535 / decoded.full)).astype(np.uint16) >> 8
+    )
     return gray_levels(values.astype(np.uint8), rounding=rounding)
 
 # %% ../../nbs/07_metrics/08_files.ipynb #57b17ba7
@@ -44,7 +51,9 @@ def join_colour(
 ) -> np.ndarray:  # H×W×3, uint8
     "Fused luminance with the visible chroma, as an 8-bit colour file holds it."
     if gray.shape != rgb.shape[:2] or rgb.shape[2:] != (3,):
-        raise InputError(f"gray {gray.shape} and rgb {rgb.shape} do not belong together; pass H×W and H×W×3 of one size")
+        raise InputError(
+            f"gray {gray.shape} and rgb {rgb.shape} do not belong together; pass H×W and H×W×3 of one size"
+        )
     _, cb, cr = rgb_to_ycbcr(rgb)
     return np.clip(np.rint(ycbcr_to_rgb(gray, cb, cr)), 0, 255).astype(np.uint8)
 
@@ -54,13 +63,19 @@ def images_by_stem(
 ) -> dict[str, Path]:  # stem -> file
     "Images of a folder; `InputError` for a missing or empty folder and for doubled stems."
     folder = Path(folder)
-    if not folder.is_dir(): raise InputError(f"{folder}: is not a folder; pass the folder that holds the images")
+    if not folder.is_dir():
+        raise InputError(f"{folder}: is not a folder; pass the folder that holds the images")
     found = list_images(folder)
-    if not found: raise InputError(f"{folder}: holds no image ({' '.join(EXTENSIONS)})")
+    if not found:
+        raise InputError(f"{folder}: holds no image ({' '.join(EXTENSIONS)})")
     for stem, files in found.items():
-        if len(files) > 1: raise InputError(f"{folder}: {' and '.join(f.name for f in files)} share the stem {stem}; keep one of them")
+        if len(files) > 1:
+            raise InputError(
+                f"{folder}: {' and '.join(f.name for f in files)} share the stem {stem}; keep one of them"
+            )
     return {stem: files[0] for stem, files in found.items()}
 
+# %% ../../nbs/07_metrics/08_files.ipynb #945da796
 def image_size(
     path: str | Path,  # image file
 ) -> tuple[int, int]:  # width and height as shown, pixels
@@ -70,7 +85,9 @@ def image_size(
             turned = image.getexif().get(0x0112, 1) >= 5  # cameras store a turned picture as a flag
             return image.size[::-1] if turned else image.size
     except Exception as e:  # headers fail in many ways
-        raise InputError(f"{path}: cannot be read as an image ({e}); replace the damaged or foreign file") from e
+        raise InputError(
+            f"{path}: cannot be read as an image ({e}); replace the damaged or foreign file"
+        ) from e
 
 # %% ../../nbs/07_metrics/08_files.ipynb #09762187
 def match_files(
@@ -83,11 +100,17 @@ def match_files(
     problems = []
     for stem, files in matched.items():
         lacking = [role for role in folders if role not in files]
-        if lacking: problems.append(f"{stem}: {next(iter(files.values()))} has no partner in {' and '.join(str(folders[r]) for r in lacking)}")
+        if lacking:
+            problems.append(
+                f"{stem}: {next(iter(files.values()))} has no partner in {' and '.join(str(folders[r]) for r in lacking)}"
+            )
     for files in matched.values() if not problems else ():
         sizes = {path: image_size(path) for path in files.values()}
-        if len(set(sizes.values())) > 1: problems.append(", ".join(f"{path} is {w}×{h}" for path, (w, h) in sizes.items()))
+        if len(set(sizes.values())) > 1:
+            problems.append(", ".join(f"{path} is {w}×{h}" for path, (w, h) in sizes.items()))
     if problems:
         more = f" (and {len(problems) - 10} more)" if len(problems) > 10 else ""
-        raise InputError("; ".join(problems[:10]) + more + "; every stem needs one image of one size in each folder")
+        raise InputError(
+            "; ".join(problems[:10]) + more + "; every stem needs one image of one size in each folder"
+        )
     return matched

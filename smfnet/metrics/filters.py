@@ -67,6 +67,7 @@ def _sum7(x: Tensor, dim: int, scratch: Scratch) -> Tensor:
     quads = plus("quads", pairs.narrow(dim, 0, n), pairs.narrow(dim, 2, n))
     return quads.add_(pairs.narrow(dim, 4, n)).add_(x.narrow(dim, 6, n))
 
+# %% ../../nbs/07_metrics/01_filters.ipynb #32052c21
 def box7(
     x: Tensor,  # ...×H×W, float32 or float64
     *,
@@ -94,7 +95,10 @@ def moment_planes(
     return planes
 
 # %% ../../nbs/07_metrics/01_filters.ipynb #f92e2c4e
-PIXELS = {"cpu": 2**15, "cuda": 2**22}  # of one strip, over the batch: the cache decides on a processor, launches on a GPU
+PIXELS = {
+    "cpu": 2**15,
+    "cuda": 2**22,
+}  # of one strip, over the batch: the cache decides on a processor, launches on a GPU
 
 def strips(
     x: Tensor,  # B×C×H×W, only shape and device matter

@@ -31,8 +31,10 @@ def evaluate_files(
 ) -> Scores:
     "Read three files as the protocol says and measure them; errors name the files."
     images = {role: read_gray(path, rounding=protocol.rounding) for role, path in paths.items()}
-    try: return evaluate(**images, protocol=protocol, undefined="report")
-    except InputError as e: raise InputError(f"{paths['fused']}: {e}") from e
+    try:
+        return evaluate(**images, protocol=protocol, undefined="report")
+    except InputError as e:
+        raise InputError(f"{paths['fused']}: {e}") from e
 
 # %% ../../nbs/07_metrics/10_folder.ipynb #48d49318
 def _measured(jobs, protocol, workers) -> Iterator[Scores]:
@@ -43,6 +45,7 @@ def _measured(jobs, protocol, workers) -> Iterator[Scores]:
         try: yield from pool.map(evaluate_files, jobs, [protocol] * len(jobs))
         except BaseException: pool.shutdown(cancel_futures=True); raise
 
+# %% ../../nbs/07_metrics/10_folder.ipynb #f492ad15
 def evaluate_folder(
     *,
     fused: str | Path,  # folder of fused images
@@ -56,26 +59,38 @@ def evaluate_folder(
     p = get_protocol(protocol)
     matched = match_files(fused=fused, ir=ir, vis=vis)
     jobs = list(matched.values())
-    scores = list(tqdm(_measured(jobs, p, min(workers, len(jobs))), total=len(jobs), desc=f"{Path(fused).name} ({p.name})", disable=not progress))
+    scores = list(
+        tqdm(
+            _measured(jobs, p, min(workers, len(jobs))), total=len(jobs),
+            desc=f"{Path(fused).name} ({p.name})", disable=not progress,
+        )
+    )
     return to_table(dict(zip(matched, scores, strict=True)), protocol=p.name)
 
 # %% ../../nbs/07_metrics/10_folder.ipynb #32a4bfc7
 class UndefinedWarning(UserWarning):
     "Some cell of a table has no value."
 
+# %% ../../nbs/07_metrics/10_folder.ipynb #df4b08c3
 def to_table(
     scores: dict[str, Scores],  # stem -> values
     *,
     protocol: str,  # name of the protocol
 ) -> pd.DataFrame:  # one row a stem, one column a metric
     "Collect scores in a table that carries its protocol and the reasons of its empty cells."
-    table = pd.DataFrame([dict(s) for s in scores.values()], index=pd.Index(scores, name="stem"), columns=list(METRICS), dtype=float)
+    table = pd.DataFrame(
+        [dict(s) for s in scores.values()], index=pd.Index(scores, name="stem"), columns=list(METRICS),
+        dtype=float,
+    )
     table.columns.name = protocol
     reasons = {m: {stem: s.undefined[m] for stem, s in scores.items() if m in s.undefined} for m in METRICS}
     table.attrs = {"protocol": protocol, "undefined": {m: r for m, r in reasons.items() if r}}
     for metric, why in table.attrs["undefined"].items():
         stem, reason = next(iter(why.items()))
-        warnings.warn(f"{metric} is undefined for {len(why)} of {len(table)} images ({stem}: {reason}); means leave them out", UndefinedWarning, stacklevel=3)
+        warnings.warn(
+            f"{metric} is undefined for {len(why)} of {len(table)} images ({stem}: {reason}); means leave them out",
+            UndefinedWarning, stacklevel=3,
+        )
     return table
 
 # %% ../../nbs/07_metrics/10_folder.ipynb #1e1bcb1b
@@ -84,18 +99,24 @@ def write_csv(
     path: str | Path,  # of the CSV file; replaced in one step
 ) -> None:
     "Write one row a method and image, with the protocol; undefined values are written as such."
-    rows = pd.concat({(t.attrs["protocol"], name): t for name, t in tables.items()}, names=["protocol", "method", "stem"])
+    rows = pd.concat(
+        {(t.attrs["protocol"], name): t for name, t in tables.items()}, names=["protocol", "method", "stem"]
+    )
     rows.columns.name = None
     with atomic_path(path) as part: rows.to_csv(part, na_rep="undefined", encoding="utf-8")
 
+# %% ../../nbs/07_metrics/10_folder.ipynb #26ff161a
 def read_csv(
     path: str | Path,  # written by `write_csv`
 ) -> dict[str, pd.DataFrame]:  # method -> table
     "Read the tables back; reasons of undefined values are not stored in the file."
     text = {"protocol": str, "method": str, "stem": str}
-    try: rows = pd.read_csv(path, dtype=text, na_values="undefined", keep_default_na=False)
-    except (OSError, ValueError) as e: raise InputError(f"{path}: cannot be read as a table of scores ({e})") from e
-    if lacking := [c for c in (*text, *METRICS) if c not in rows]: raise InputError(f"{path}: lacks the columns {', '.join(lacking)}")
+    try:
+        rows = pd.read_csv(path, dtype=text, na_values="undefined", keep_default_na=False)
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: cannot be read as a table of scores ({e})") from e
+    if lacking := [c for c in (*text, *METRICS) if c not in rows]:
+        raise InputError(f"{path}: lacks the columns {', '.join(lacking)}")
     tables = {}
     for (protocol, name), part in rows.groupby(["protocol", "method"], sort=False):
         tables[name] = part.set_index("stem")[list(METRICS)].astype(float)
@@ -113,11 +134,16 @@ def format_summary(
         cells = {m: [_number(r["mean"]), _number(r["low"]), _number(r["high"])] for m, r in s.iterrows()}
         block = pd.DataFrame(cells, index=["mean", "95% from", "95% to"])
         lines += [f"{name}, {len(table)} images, protocol {table.attrs['protocol']}", block.to_string()]
-        lines += [f"{m}: undefined for {len(why)} of {len(table)} images: " + ", ".join(f"{k} ({v})" for k, v in list(why.items())[:3])
-                  + (" ..." if len(why) > 3 else "") for m, why in table.attrs["undefined"].items()]
+        lines += [
+            f"{m}: undefined for {len(why)} of {len(table)} images: "
+            + ", ".join(f"{k} ({v})" for k, v in list(why.items())[:3])
+            + (" ..." if len(why) > 3 else "")
+            for m, why in table.attrs["undefined"].items()
+        ]
         lines.append("")
     return "\n".join(lines)
 
+# %% ../../nbs/07_metrics/10_folder.ipynb #5d9eca76
 def _number(x): return "undefined" if x != x else f"{x:.4f}"
 
 # %% ../../nbs/07_metrics/10_folder.ipynb #87676841
@@ -126,12 +152,14 @@ def method_names(
 ) -> list[str]:  # one name a folder, all different
     "Name methods after their folders, with as many parents as it takes to tell them apart."
     paths = [Path(f).resolve() for f in folders]
-    if len(set(paths)) < len(paths): raise InputError(f"compare: a folder is given twice among {', '.join(map(str, folders))}")
+    if len(set(paths)) < len(paths):
+        raise InputError(f"compare: a folder is given twice among {', '.join(map(str, folders))}")
     for depth in range(1, max(len(p.parts) for p in paths) + 1):
         names = ["/".join(p.parts[-depth:]) for p in paths]
         if len(set(names)) == len(names): return names
     return [str(p) for p in paths]
 
+# %% ../../nbs/07_metrics/10_folder.ipynb #48dd085b
 def evaluate_command(
     fused: str | Path,  # folder of fused images
     ir: str | Path,  # folder of infrared images
@@ -151,8 +179,11 @@ def evaluate_command(
     if csv: write_csv(tables, csv)
     print(format_summary(tables))
     if compare:
-        print(f"Paired differences (method − {names[0]}), 95% bootstrap interval, Wilcoxon p, Holm p over all rows")
+        print(
+            f"Paired differences (method − {names[0]}), 95% bootstrap interval, Wilcoxon p, Holm p over all rows"
+        )
         result = compare_tables(tables).drop(columns="against")
-        for p in ("p", "p_holm"): result[p] = ["undefined" if x != x else "<0.0001" if x < 5e-5 else f"{x:.4f}" for x in result[p]]
+        for p in ("p", "p_holm"):
+            result[p] = ["undefined" if x != x else "<0.0001" if x < 5e-5 else f"{x:.4f}" for x in result[p]]
         print(result.to_string(index=False, float_format=_number, na_rep="undefined"))
     return 0

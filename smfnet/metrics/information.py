@@ -17,9 +17,13 @@ def joint_counts(
     y: Tensor,  # B×1×H×W, whole numbers 0-255
 ) -> Tensor:  # B×256×256 counts, float64
     "Joint gray-level histogram of each pair in a batch."
-    counts = [torch.bincount((a.flatten() * 256 + b.flatten()).to(torch.int32), minlength=65536) for a, b in zip(x, y, strict=True)]
+    counts = [
+        torch.bincount((a.flatten() * 256 + b.flatten()).to(torch.int32), minlength=65536)
+        for a, b in zip(x, y, strict=True)
+    ]
     return torch.stack(counts).view(-1, 256, 256).double()
 
+# %% ../../nbs/07_metrics/02_information.ipynb #5ab691f2
 def entropy_of_counts(
     counts: Tensor,  # B×N counts
 ) -> Tensor:  # B, nats
@@ -47,6 +51,7 @@ def shared_information(
     h = entropy_of_counts
     return (h(joint.sum(2)) + h(joint.sum(1)) - h(joint.flatten(1))).clamp_(min=0)
 
+# %% ../../nbs/07_metrics/02_information.ipynb #598f5e4a
 def mutual_information(
     *,
     fused: Tensor,  # B×1×H×W, whole numbers 0-255

@@ -44,23 +44,33 @@ class Protocol:
 
 # %% ../../nbs/07_metrics/07_protocols.ipynb #75c22e7c
 TABLE1 = Protocol("table1", "as Table 1 of the paper was measured")
-PROTOCOLS = {p.name: p for p in (
-    TABLE1,
-    replace(TABLE1, name="toolbox", note="MI in bits, AG with 1/2, SSIM range 255", mi_unit="bits", ag_half=True, ssim_range=255.0),
-    replace(TABLE1, name="truncated", note="gray values cut off instead of rounded", rounding="truncate"),
-    replace(TABLE1, name="en_nats", note="EN in nats", en_unit="nats"),
-    replace(TABLE1, name="mi_bits", note="MI in bits", mi_unit="bits"),
-    replace(TABLE1, name="sf_pixels", note="SF's sums divided by H·W", sf_mean="pixels"),
-    replace(TABLE1, name="ag_half", note="AG with 1/2 under the root", ag_half=True),
-    replace(TABLE1, name="vif_swapped", note="VIF with the fused image as reference", vif_reference="fused"),
-    replace(TABLE1, name="vif_keep_negative", note="VIF that counts negative gains", vif_drop_negative=False),
-    replace(TABLE1, name="qabf_folded", note="Qabf with angles folded at 90°", qabf_fold=True),
-    replace(TABLE1, name="qabf_replicate", note="Qabf with replicated borders", qabf_border="replicate"),
-    replace(TABLE1, name="ssim_range255", note="SSIM with data range 255", ssim_range=255.0),
-    replace(TABLE1, name="ssim_float64", note="SSIM in double precision", ssim_float64=True),
-    replace(TABLE1, name="ssim_uncropped", note="SSIM with a mirrored border", ssim_crop=False),
-    replace(TABLE1, name="ssim_mean", note="SSIM averaged over the sources", ssim_sources="mean"),
-)}
+PROTOCOLS = {
+    p.name: p
+    for p in (
+        TABLE1,
+        replace(
+            TABLE1, name="toolbox", note="MI in bits, AG with 1/2, SSIM range 255", mi_unit="bits",
+            ag_half=True, ssim_range=255.0,
+        ),
+        replace(TABLE1, name="truncated", note="gray values cut off instead of rounded", rounding="truncate"),
+        replace(TABLE1, name="en_nats", note="EN in nats", en_unit="nats"),
+        replace(TABLE1, name="mi_bits", note="MI in bits", mi_unit="bits"),
+        replace(TABLE1, name="sf_pixels", note="SF's sums divided by H·W", sf_mean="pixels"),
+        replace(TABLE1, name="ag_half", note="AG with 1/2 under the root", ag_half=True),
+        replace(
+            TABLE1, name="vif_swapped", note="VIF with the fused image as reference", vif_reference="fused"
+        ),
+        replace(
+            TABLE1, name="vif_keep_negative", note="VIF that counts negative gains", vif_drop_negative=False
+        ),
+        replace(TABLE1, name="qabf_folded", note="Qabf with angles folded at 90°", qabf_fold=True),
+        replace(TABLE1, name="qabf_replicate", note="Qabf with replicated borders", qabf_border="replicate"),
+        replace(TABLE1, name="ssim_range255", note="SSIM with data range 255", ssim_range=255.0),
+        replace(TABLE1, name="ssim_float64", note="SSIM in double precision", ssim_float64=True),
+        replace(TABLE1, name="ssim_uncropped", note="SSIM with a mirrored border", ssim_crop=False),
+        replace(TABLE1, name="ssim_mean", note="SSIM averaged over the sources", ssim_sources="mean"),
+    )
+}
 
 # %% ../../nbs/07_metrics/07_protocols.ipynb #2bd50ace
 def get_protocol(
@@ -79,12 +89,15 @@ METRICS: dict[str, Callable[..., Tensor]] = {
     "SF": lambda p, f, a, b: spatial_frequency(f, mean_over=p.sf_mean),
     "MI": lambda p, f, a, b: mutual_information(fused=f, ir=a, vis=b, unit=p.mi_unit),
     "SCD": lambda p, f, a, b: scd(fused=f, ir=a, vis=b),
-    "VIF": lambda p, f, a, b: vif(fused=f, ir=a, vis=b, reference=p.vif_reference, drop_negative=p.vif_drop_negative),
+    "VIF": lambda p, f, a, b: vif(
+        fused=f, ir=a, vis=b, reference=p.vif_reference, drop_negative=p.vif_drop_negative
+    ),
     "Qabf": lambda p, f, a, b: qabf(fused=f, ir=a, vis=b, fold=p.qabf_fold, border=p.qabf_border),
     "AG": lambda p, f, a, b: average_gradient(f, half=p.ag_half),
     "SSIM": lambda p, f, a, b: ssim(
-        fused=f, ir=a, vis=b, data_range=p.ssim_range, dtype=torch.float64 if p.ssim_float64 else torch.float32,
-        crop=p.ssim_crop, sources=p.ssim_sources),
+        fused=f, ir=a, vis=b, data_range=p.ssim_range,
+        dtype=torch.float64 if p.ssim_float64 else torch.float32, crop=p.ssim_crop, sources=p.ssim_sources,
+    ),
 }
 
 # %% ../../nbs/07_metrics/07_protocols.ipynb #5beffb30
@@ -109,11 +122,19 @@ def measure(
     p = get_protocol(protocol)
     images = [i.float() for i in (fused, ir, vis)]
     if any(i.ndim != 4 or i.shape[1] != 1 or i.shape != images[0].shape for i in images):
-        raise InputError(f"fused, ir, vis: expected one shape B×1×H×W, found {', '.join(str(tuple(i.shape)) for i in images)}")
+        raise InputError(
+            f"fused, ir, vis: expected one shape B×1×H×W, found {', '.join(str(tuple(i.shape)) for i in images)}"
+        )
     if min(images[0].shape[-2:]) < VIF_MIN_SIDE:
-        raise InputError(f"VIF has no value for {images[0].shape[-2]}×{images[0].shape[-1]} pixels; both sides need at least {VIF_MIN_SIDE}")
+        raise InputError(
+            f"VIF has no value for {images[0].shape[-2]}×{images[0].shape[-1]} pixels; both sides need at least {VIF_MIN_SIDE}"
+        )
     if images[0].device.type != "cpu": return {name: metric(p, *images) for name, metric in METRICS.items()}
-    with one_thread(): parts = [{name: metric(p, *one) for name, metric in METRICS.items()} for one in zip(*(i.split(1) for i in images))]
+    with one_thread():
+        parts = [
+            {name: metric(p, *one) for name, metric in METRICS.items()}
+            for one in zip(*(i.split(1) for i in images))
+        ]
     return {name: torch.cat([part[name] for part in parts]) for name in METRICS}
 
 # %% ../../nbs/07_metrics/07_protocols.ipynb #dc123471
@@ -124,18 +145,28 @@ def to_gray(
     rounding: str = "half_even",  # or "truncate"
 ) -> Tensor:  # 1×1×H×W, float32, whole numbers 0-255
     "Check one gray image and bring it to whole numbers, as saving it in 8 bits would."
-    try: x = image.detach() if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
-    except (TypeError, ValueError) as e: raise InputError(f"{name}: is no array of numbers ({e}); pass an H×W array or tensor") from e
+    try:
+        x = image.detach() if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
+    except (TypeError, ValueError) as e:
+        raise InputError(f"{name}: is no array of numbers ({e}); pass an H×W array or tensor") from e
     if x.ndim != 2 or not x.numel():
-        raise InputError(f"{name}: expected a gray H×W image, found shape {tuple(x.shape)}; turn colour into luminance and pass one image at a time")
-    if x.is_complex(): raise InputError(f"{name}: contains complex values; pass magnitudes from 0 to 255")
+        raise InputError(
+            f"{name}: expected a gray H×W image, found shape {tuple(x.shape)}; turn colour into luminance and pass one image at a time"
+        )
+    if x.is_complex():
+        raise InputError(f"{name}: contains complex values; pass magnitudes from 0 to 255")
     low, high = (v.item() for v in x.aminmax())
-    if low != low: raise InputError(f"{name}: contains NaN; repair the image first")
+    if low != low:
+        raise InputError(f"{name}: contains NaN; repair the image first")
     if low < 0 or high > 255:
-        raise InputError(f"{name}: values span [{low:.6g}, {high:.6g}]; metrics take 0 to 255, so scale or clip the image")
+        raise InputError(
+            f"{name}: values span [{low:.6g}, {high:.6g}]; metrics take 0 to 255, so scale or clip the image"
+        )
     x = x.float()
     if 0 < high <= 1 and (x != x.round()).any():
-        raise InputError(f"{name}: values span [{low:.6g}, {high:.6g}]; metrics take 0 to 255, so multiply by 255")
+        raise InputError(
+            f"{name}: values span [{low:.6g}, {high:.6g}]; metrics take 0 to 255, so multiply by 255"
+        )
     return (x.round() if rounding == "half_even" else x.floor())[None, None]
 
 # %% ../../nbs/07_metrics/07_protocols.ipynb #9e018cb4
@@ -152,11 +183,14 @@ class Scores(dict):
         self.protocol, self.undefined = protocol, undefined or {}
 
     def __repr__(self):
-        values = [f"{k} {v:.4f}" for k, v in self.items()] + [f"{k} undefined ({why})" for k, why in self.undefined.items()]
+        values = [f"{k} {v:.4f}" for k, v in self.items()] + [
+            f"{k} undefined ({why})" for k, why in self.undefined.items()
+        ]
         return f"{self.protocol}: " + ", ".join(values)
 
     def __reduce__(self): return _scores, (dict(self), self.protocol, self.undefined)
 
+# %% ../../nbs/07_metrics/07_protocols.ipynb #8f913280
 def _scores(values, protocol, undefined): return Scores(values, protocol=protocol, undefined=undefined)
 
 # %% ../../nbs/07_metrics/07_protocols.ipynb #71df1a32
@@ -171,7 +205,9 @@ def why_undefined(
     constant = [name for name, x in (("ir", ir), ("vis", vis), ("fused", fused)) if x.min() == x.max()]
     if metric == "SCD":
         constant = constant[:2] if "fused" in constant else constant
-        constant += [f"fused − {n}" for n, x in (("ir", ir), ("vis", vis)) if (d := fused - x).min() == d.max()]
+        constant += [
+            f"fused − {n}" for n, x in (("ir", ir), ("vis", vis)) if (d := fused - x).min() == d.max()
+        ]
     if metric == "Qabf": return "neither source has an edge"
     return f"{' and '.join(constant)} constant"
 
@@ -194,5 +230,8 @@ def evaluate(
     values = {name: v.item() for name, v in measure(**images, protocol=p).items()}
     reasons = {m: why_undefined(m, **images) for m, v in values.items() if v != v}
     if reasons and undefined != "report":
-        raise InputError("; ".join(f"{m} is undefined: {why}" for m, why in reasons.items()) + '; pass undefined="report" to measure the rest')
+        raise InputError(
+            "; ".join(f"{m} is undefined: {why}" for m, why in reasons.items())
+            + '; pass undefined="report" to measure the rest'
+        )
     return Scores({m: v for m, v in values.items() if m not in reasons}, protocol=p.name, undefined=reasons)

@@ -55,7 +55,10 @@ def qabf(
     dtype: torch.dtype = torch.float32,  # of intermediate results; sums over pixels are float64
 ) -> Tensor:  # B, float64, 0 to about 0.98; NaN where neither source has an edge
     "Qabf: edge preservation, weighted by the edge strength of both sources."
-    images = F.pad(torch.cat([fused, ir, vis], 1).to(dtype), (1, 1, 1, 1), mode="replicate" if border == "replicate" else "constant")
+    images = F.pad(
+        torch.cat([fused, ir, vis], 1).to(dtype), (1, 1, 1, 1),
+        mode="replicate" if border == "replicate" else "constant",
+    )
     total = weight = 0
     for rows in strips(images, window=3):
         strength, angle = edges(images[:, :, rows])

@@ -28,7 +28,9 @@ def spatial_frequency(
     square = 0
     for dim in (-1, -2):
         d = fused.diff(dim=dim).flatten(1)
-        square = square + d.square_().sum(1, dtype=torch.float64) / (d.shape[1] if mean_over == "differences" else fused[0].numel())
+        square = square + d.square_().sum(1, dtype=torch.float64) / (
+            d.shape[1] if mean_over == "differences" else fused[0].numel()
+        )
     return square.sqrt()
 
 # %% ../../nbs/07_metrics/03_statistics.ipynb #d860a7f5
@@ -42,6 +44,7 @@ def central_difference(
     ends = [x.narrow(dim, i + 1, 1) - x.narrow(dim, i, 1) for i in (0, n - 2)]
     return torch.cat([ends[0], inner, ends[1]], dim)
 
+# %% ../../nbs/07_metrics/03_statistics.ipynb #1a081e73
 def average_gradient(
     fused: Tensor,  # B×1×H×W, 0-255, at least 2×2 pixels
     *,
@@ -65,6 +68,7 @@ def correlation(
         xx, yy, xy = (t + (p * q).sum((1, 2, 3)) for t, p, q in ((xx, dx, dx), (yy, dy, dy), (xy, dx, dy)))
     return (xy / (xx * yy).sqrt()).masked_fill(constant, float("nan"))
 
+# %% ../../nbs/07_metrics/03_statistics.ipynb #66e9471b
 def scd(
     *,
     fused: Tensor,  # B×1×H×W, 0-255

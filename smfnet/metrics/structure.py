@@ -36,6 +36,7 @@ def _mirror(x: Tensor) -> Tensor:
         x = torch.cat([x.narrow(dim, 0, 3).flip(dim), x, x.narrow(dim, x.shape[dim] - 3, 3).flip(dim)], dim)
     return x
 
+# %% ../../nbs/07_metrics/04_structure.ipynb #c78fd9c2
 def ssim(
     *,
     fused: Tensor,  # B×1×H×W, 0-255, at least 7×7 pixels
@@ -52,6 +53,8 @@ def ssim(
     scratch, constants = Scratch(), {"c1": (0.01 * data_range) ** 2, "c2": (0.03 * data_range) ** 2}
     total = 0
     for rows in strips(images, window=7):
-        total = total + ssim_map(images[:, :, rows], **constants, scratch=scratch).sum((1, 2, 3), dtype=torch.float64)
+        total = total + ssim_map(images[:, :, rows], **constants, scratch=scratch).sum(
+            (1, 2, 3), dtype=torch.float64
+        )
     count = (images.shape[2] - 6) * (images.shape[3] - 6)
     return total / count / (2 if sources == "mean" else 1)

@@ -30,6 +30,7 @@ def _levels(x: Tensor) -> np.ndarray:
     "B×1×H×W in [0,1] to H×W grey levels, rounded as in a saved file."
     return (x[0, 0].float().cpu().clamp(0, 1) * 255).round().numpy()
 
+# %% ../../nbs/07_metrics/11_validation.ipynb #418fd6ce
 def psnr(
     a: Tensor,  # any shape, [0,1]
     b: Tensor,  # same shape
@@ -73,10 +74,18 @@ class Validation:
         return {k: values[k] for k in STAGE2_METRICS}
 
     def _draw(self, drawn: list[dict[str, Tensor]]) -> None:
-        fig, axes = plt.subplots(len(drawn), len(drawn[0]), squeeze=False, layout="constrained", figsize=(2.2 * len(drawn[0]), 1.7 * len(drawn)))
+        fig, axes = plt.subplots(
+            len(drawn), len(drawn[0]), squeeze=False, layout="constrained",
+            figsize=(2.2 * len(drawn[0]), 1.7 * len(drawn)),
+        )
         for row, images in zip(axes, drawn):
             for ax, (name, x) in zip(row, images.items()):
-                ax.imshow(x[0, 0].float().cpu(), cmap="gray", vmin=0, vmax=1); ax.set_title(name, fontsize=8); ax.axis("off")
-        number = sum(p.is_file() for p in self.pictures.glob(f"stage{self.stage}-*.png"))  # goes on counting when a run is continued
-        with atomic_path(self.pictures / f"stage{self.stage}-{number:03d}.png") as part: fig.savefig(part, dpi=80)
+                ax.imshow(x[0, 0].float().cpu(), cmap="gray", vmin=0, vmax=1)
+                ax.set_title(name, fontsize=8)
+                ax.axis("off")
+        number = sum(
+            p.is_file() for p in self.pictures.glob(f"stage{self.stage}-*.png")
+        )  # goes on counting when a run is continued
+        with atomic_path(self.pictures / f"stage{self.stage}-{number:03d}.png") as part:
+            fig.savefig(part, dpi=80)
         plt.close(fig)

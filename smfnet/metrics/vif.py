@@ -67,8 +67,12 @@ def _scale_sums(images, weights, reference, drop_negative):
         sums[1] += available.sum((2, 3))
     return sums
 
+# %% ../../nbs/07_metrics/05_vif.ipynb #5bc54181
 def _halve(images, weights):
-    parts = [filter_valid(images[:, :, r].double(), weights, stride=2) for r in strips(images, window=len(weights), stride=2)]
+    parts = [
+        filter_valid(images[:, :, r].double(), weights, stride=2)
+        for r in strips(images, window=len(weights), stride=2)
+    ]
     return torch.cat(parts, 2)
 
 # %% ../../nbs/07_metrics/05_vif.ipynb #96d7c82d
@@ -83,7 +87,9 @@ def vif(
     "VIF: preserved over available information, four scales, summed over both sources."
     images = torch.cat([fused, ir, vis], 1)
     if min(images.shape[-2:]) < VIF_MIN_SIDE:
-        raise InputError(f"VIF: {images.shape[-2]}×{images.shape[-1]} pixels are too few for its four scales; both sides need at least {VIF_MIN_SIDE}")
+        raise InputError(
+            f"VIF: {images.shape[-2]}×{images.shape[-1]} pixels are too few for its four scales; both sides need at least {VIF_MIN_SIDE}"
+        )
     flat = images.flatten(2)
     constant = flat.amax(2) == flat.amin(2)
     constant = constant[:, 1:].any(1) if reference == "source" else constant[:, 0]

@@ -40,7 +40,12 @@ class Pointwise(nn.Conv2d):
         x: Tensor,  # B×inputs×H×W
     ) -> Tensor:  # B×outputs×H×W
         "Mix the channels of every pixel."
-        plain = x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling() or not torch.backends.mkldnn.is_available()
+        plain = (
+            x.device.type != "cpu"
+            or x.dtype != torch.float32
+            or torch.compiler.is_compiling()
+            or not torch.backends.mkldnn.is_available()
+        )
         if plain or torch.is_autocast_enabled("cpu"): return super().forward(x)
         return torch.mkldnn_convolution(x, self.weight, self.bias, (0, 0), (1, 1), (1, 1), 1)
 
@@ -55,6 +60,7 @@ def _length(rows: Tensor) -> Tensor:
     "Lengths of the columns of B×N×C, at least 1e-12; `vector_norm` would lose digits over many pixels."
     return rows.square().sum(1).clamp_min(1e-24).sqrt()
 
+# %% ../../nbs/01_network/01_attention.ipynb #d5da6fce
 def attention_matrix(
     q: Tensor,  # B×C×H×W, queries
     k: Tensor,  # B×C×H×W, keys
@@ -167,7 +173,8 @@ class TransformerBlock(nn.Module):
         kind: str = "T1",  # "T1" or "T2"
     ):
         super().__init__()
-        if kind not in ("T1", "T2"): raise ValueError(f"kind: expected 'T1' or 'T2', found {kind!r}")
+        if kind not in ("T1", "T2"):
+            raise ValueError(f"kind: expected 'T1' or 'T2', found {kind!r}")
         self.norm1 = PixelLayerNorm(dim)
         self.attention = MDTA(dim, heads) if kind == "T1" else DenseMDTA(dim, heads)
         self.norm2 = PixelLayerNorm(dim)

@@ -20,6 +20,7 @@ def transformer_pairs(
     "The transformer layers of one group (eq 9): T1, T2, T1, T2 …"
     return nn.Sequential(*(TransformerBlock(dim, heads, kind) for _ in range(depth) for kind in ("T1", "T2")))
 
+# %% ../../nbs/01_network/03_base.ipynb #f8788259
 class ResidualGroup(nn.Module):
     "One group of the base branch (eqs 9–10): (T1, T2) pairs, bottleneck convolutions, plus the input."
     def __init__(
@@ -75,7 +76,8 @@ class BaseBranch(nn.Module):
         kind: str = "residual",  # "residual", or "stacked" as in a row of Table 5
     ):
         super().__init__()
-        if kind not in BASES: raise InputError(f"base: {kind!r} is unknown; choose one of {', '.join(BASES)}")
+        if kind not in BASES:
+            raise InputError(f"base: {kind!r} is unknown; choose one of {', '.join(BASES)}")
         self.first = nn.Conv2d(dim, dim, 3, padding=1)
         self.groups = nn.Sequential(*(BASES[kind](dim, heads, depth) for _ in range(groups)))
 

@@ -96,8 +96,9 @@ class InvertedResidual(nn.Sequential):
     ):
         super().__init__(
             Pointwise(dim, 2 * dim, bias=False), nn.ReLU6(),
-            nn.Conv2d(2 * dim, 2 * dim, 3, padding=1, padding_mode="reflect", groups=2 * dim, bias=False), nn.ReLU6(),
-            Pointwise(2 * dim, dim, bias=False))
+            nn.Conv2d(2 * dim, 2 * dim, 3, padding=1, padding_mode="reflect", groups=2 * dim, bias=False),
+            nn.ReLU6(), Pointwise(2 * dim, dim, bias=False),
+        )
 
 # %% ../../nbs/01_network/02_cai.ipynb #e0db0b09
 class _Mix(Pointwise):
@@ -192,7 +193,8 @@ class CAI(nn.Module):
         kind: str = "cai",  # "inn" leaves the cross attention out, as in a row of Table 5
     ):
         super().__init__()
-        if kind not in DETAILS: raise InputError(f"detail: {kind!r} is unknown; choose one of {', '.join(DETAILS)}")
+        if kind not in DETAILS:
+            raise InputError(f"detail: {kind!r} is unknown; choose one of {', '.join(DETAILS)}")
         self.grdb = GRDB(dim)
         self.cross = CrossAttention(dim // 2, heads) if kind == "cai" else nn.Identity()
         self.coupling = AffineCoupling(dim)

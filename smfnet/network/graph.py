@@ -26,8 +26,12 @@ class NodeEmbedding(nn.Module):
         dim: int,  # channels C
     ):
         super().__init__()
-        self.scales = nn.ModuleList(nn.Sequential(
-            nn.Conv2d(dim, dim, 3, padding=d, dilation=d, bias=False), nn.BatchNorm2d(dim), nn.ReLU()) for d in DILATIONS)
+        self.scales = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(dim, dim, 3, padding=d, dilation=d, bias=False), nn.BatchNorm2d(dim), nn.ReLU()
+            )
+            for d in DILATIONS
+        )
 
     def forward(
         self,
@@ -82,7 +86,9 @@ class EdgeMessages(nn.Module):
     ):
         super().__init__()
         if edge_gating not in EDGE_GATINGS:
-            raise InputError(f"edge_gating: {edge_gating!r} is unknown; choose one of {', '.join(EDGE_GATINGS)}")
+            raise InputError(
+                f"edge_gating: {edge_gating!r} is unknown; choose one of {', '.join(EDGE_GATINGS)}"
+            )
         self.edge_gating = edge_gating
         self.weight = nn.Parameter(torch.empty(2, dim, 1, 1))
         nn.init.kaiming_uniform_(self.weight, a=5 ** 0.5)
@@ -93,7 +99,10 @@ class EdgeMessages(nn.Module):
         neighbours: tuple[Tensor, Tensor],  # two of B×C×H×W, ascending scale
     ) -> list[Tensor]:  # two gates, B×1×H×W, in (0,1)
         "The edge gates of a node: σ(w · (node − neighbour))."
-        return [torch.sigmoid(torch.einsum("bchw,c->bhw", node - other, w[:, 0, 0])[:, None]) for w, other in zip(self.weight, neighbours)]
+        return [
+            torch.sigmoid(torch.einsum("bchw,c->bhw", node - other, w[:, 0, 0])[:, None])
+            for w, other in zip(self.weight, neighbours)
+        ]
 
     def forward(
         self,
@@ -105,7 +114,9 @@ class EdgeMessages(nn.Module):
             first, second = nodes[:i] + nodes[i + 1:]
             g0, g1 = self.gates(node, (first, second))
             slip = self.edge_gating == "channel_interleaved"
-            messages.append(interleave(g0, g1, node.shape[1]) * (first + second) if slip else g0 * first + g1 * second)
+            messages.append(
+                interleave(g0, g1, node.shape[1]) * (first + second) if slip else g0 * first + g1 * second
+            )
         return torch.cat(messages)
 
 # %% ../../nbs/01_network/04_graph.ipynb #63fbffdc
@@ -159,6 +170,7 @@ class ScaleReasoning(nn.Module):
 def _merge(dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3 * dim, dim, 3, padding=1, bias=False), nn.BatchNorm2d(dim), nn.ReLU())
 
+# %% ../../nbs/01_network/04_graph.ipynb #ec5d2082
 class GraphReasoning(nn.Module):
     "Graph reasoning on the shallow features of both modalities (eqs 11–16); `InputError` for an unknown gating."
     def __init__(
@@ -180,7 +192,9 @@ class GraphReasoning(nn.Module):
         vis: Tensor,  # B×C×H×W, shallow visible features
     ) -> tuple[Tensor, Tensor]:  # graph features of `ir` and `vis`, B×C×H×W each, ≥ 0
         "Graph features of each modality."
-        parameters = [p for part in (self.exchange, self.reason_ir, self.reason_vis) for p in part.parameters()]
+        parameters = [
+            p for part in (self.exchange, self.reason_ir, self.reason_vis) for p in part.parameters()
+        ]
         ir, vis = pixelwise(self._reason, self.embed_ir(ir), self.embed_vis(vis), parameters=parameters)
         return self.merge_ir(ir), self.merge_vis(vis)
 

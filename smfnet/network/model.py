@@ -34,7 +34,8 @@ def _check_config(c) -> None:
     "Raise `InputError` for the first field that cannot be."
     for name in ("dim", "heads", "groups", "depth"):
         value = getattr(c, name)
-        if type(value) is not int or value < 1: raise InputError(f"{name}: expected a positive integer, found {value!r}")
+        if type(value) is not int or value < 1:
+            raise InputError(f"{name}: expected a positive integer, found {value!r}")
     for name, choices in (("edge_gating", EDGE_GATINGS), ("base", BASES), ("detail", DETAILS), ("graph", (True, False)), ("exchange", (True, False))):
         value = getattr(c, name)
         if value not in choices or isinstance(value, int) and type(value) is not bool:
@@ -63,43 +64,65 @@ class Config:
         switches = {f.name: f.default for f in fields(self) if f.name in SWITCHES}
         return {k: v for k, v in asdict(self).items() if switches.get(k, ...) != v}
 
+# %% ../../nbs/01_network/08_model.ipynb #fde961ae
 PRESETS = {"paper": Config(), "tiny": Config(dim=16, heads=4, groups=1, depth=1)}
 
+# %% ../../nbs/01_network/08_model.ipynb #4e21a4a8
 def configuration(
     preset: str = "paper",  # a key of `PRESETS`
     **overrides,  # fields of `Config` to replace
 ) -> Config:
     "The configuration of a preset, with fields replaced; unknown names raise `InputError`."
-    if preset not in PRESETS: raise InputError(f"preset: {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+    if preset not in PRESETS:
+        raise InputError(f"preset: {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
     unknown = set(overrides) - set(asdict(PRESETS[preset]))
-    if unknown: raise InputError(f"{', '.join(sorted(unknown))}: no such option; a network has {', '.join(asdict(PRESETS[preset]))}")
+    if unknown:
+        raise InputError(
+            f"{', '.join(sorted(unknown))}: no such option; a network has {', '.join(asdict(PRESETS[preset]))}"
+        )
     return replace(PRESETS[preset], **overrides)
 
 # %% ../../nbs/01_network/08_model.ipynb #e34cb381
 FORMAT = "smfnet-1"
 
+# %% ../../nbs/01_network/08_model.ipynb #9857fe13
 def read_header(
     path: str | Path,  # a safetensors file
 ) -> dict[str, str]:  # its metadata
     "The metadata of a weights file; raises `InputError` for anything that is not an smfnet weights file."
     path = Path(path)
-    if not path.is_file(): raise InputError(f"{path}: no such weights file; give a .safetensors file or the name of a shipped model")
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such weights file; give a .safetensors file or the name of a shipped model"
+        )
     try:
         with safe_open(path, "pt") as f: header = f.metadata() or {}
     except (SafetensorError, OSError) as e:
-        raise InputError(f"{path}: not a safetensors file ({e}); authors' checkpoints are read by smfnet.network.released.load_released") from e
+        raise InputError(
+            f"{path}: not a safetensors file ({e}); authors' checkpoints are read by smfnet.network.released.load_released"
+        ) from e
     if header.get("format") != FORMAT:
         raise InputError(f"{path}: safetensors, but not weights of smfnet (format {header.get('format')!r}); "
                          "released weights are read by smfnet.network.released.load_released")
     return header
 
+# %% ../../nbs/01_network/08_model.ipynb #9d89b83f
 def _read_state(path: Path, model: nn.Module) -> dict[str, Tensor]:
     "Tensors of a weights file, checked against the model by name and shape."
     with safe_open(path, "pt") as f: state = {k: f.get_tensor(k) for k in f.keys()}
     own = model.state_dict()
-    wrong = [f"missing {k}" for k in own.keys() - state.keys()] + [f"unexpected {k}" for k in state.keys() - own.keys()]
-    wrong += [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
-    if wrong: raise InputError(f"{path}: does not fit its own configuration: {'; '.join(sorted(wrong)[:5])}; the file is damaged")
+    wrong = [f"missing {k}" for k in own.keys() - state.keys()] + [
+        f"unexpected {k}" for k in state.keys() - own.keys()
+    ]
+    wrong += [
+        f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
+        for k in own.keys() & state.keys()
+        if own[k].shape != state[k].shape
+    ]
+    if wrong:
+        raise InputError(
+            f"{path}: does not fit its own configuration: {'; '.join(sorted(wrong)[:5])}; the file is damaged"
+        )
     return state
 
 # %% ../../nbs/01_network/08_model.ipynb #0a9663f1
@@ -112,9 +135,13 @@ class SMFNet(nn.Module):
     ):
         super().__init__()
         keep_freed_memory()  # see smfnet.fast.memory
-        self.config = c = replace(preset, **overrides) if isinstance(preset, Config) else configuration(preset, **overrides)
+        self.config = c = (
+            replace(preset, **overrides) if isinstance(preset, Config) else configuration(preset, **overrides)
+        )
         self.encoder = Encoder(c.dim, c.heads, c.groups, c.depth, base=c.base, detail=c.detail)
-        self.graph = GraphReasoning(c.dim, c.edge_gating) if c.graph else nn.Identity()  # without parameters, never called
+        self.graph = (
+            GraphReasoning(c.dim, c.edge_gating) if c.graph else nn.Identity()
+        )  # without parameters, never called
         self.base_fusion, self.detail_fusion = fusion_layers(c.dim, c.heads, exchange=c.exchange)
         self.decoder = Decoder(c.dim, c.heads)
 
@@ -127,8 +154,13 @@ class SMFNet(nn.Module):
     ) -> dict[str, Tensor]:  # the features of that stage by name
         "All features that the losses of a stage need; differentiable, images unchecked; `InputError` for another stage."
         both = [t.chunk(2) for t in self.encoder(torch.cat([ir, vis]))]
-        f = {f"{m}_{k}": t for k, pair in zip(("shallow", "base", "detail"), both) for m, t in zip(("ir", "vis"), pair)}
-        if self.config.graph: f["graph_ir"], f["graph_vis"] = self.graph(ir=f["ir_shallow"], vis=f["vis_shallow"])
+        f = {
+            f"{m}_{k}": t
+            for k, pair in zip(("shallow", "base", "detail"), both)
+            for m, t in zip(("ir", "vis"), pair)
+        }
+        if self.config.graph:
+            f["graph_ir"], f["graph_vis"] = self.graph(ir=f["ir_shallow"], vis=f["vis_shallow"])
         if stage == 1: f["recon_ir"], f["recon_vis"] = self._decode_each(f)
         elif stage == 2: self._fuse_into(f)
         else: raise InputError(f"stage: expected 1 or 2, found {stage!r}")
@@ -142,6 +174,7 @@ def _decode_each(self: SMFNet, f: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     if self.config.graph: each = [x + f[f"graph_{m}"] for x, m in zip(each, ("ir", "vis"))]
     return self.decoder(torch.cat(each)).chunk(2)
 
+# %% ../../nbs/01_network/08_model.ipynb #d76fde01
 @patch
 def _fuse_into(self: SMFNet, f: dict[str, Tensor]) -> None:
     "Stage II: add the fused features and the fused image to `f`."
@@ -181,6 +214,7 @@ def fuse(
     check_pair(vis=vis, ir=ir)
     return self(vis=vis, ir=ir, stage=2)["fused"]
 
+# %% ../../nbs/01_network/08_model.ipynb #16e4e18e
 @patch
 @torch.no_grad()
 def reconstruct(
@@ -214,11 +248,14 @@ def load(
 ) -> SMFNet:  # in evaluation mode, on the CPU
     "Read a model from a weights file; raises `InputError` for a file of another kind."
     header = read_header(path)
-    try: model = cls(Config(**json.loads(header["config"])))
-    except (KeyError, TypeError, ValueError) as e: raise InputError(f"{path}: unusable configuration in its header ({e})") from e
+    try:
+        model = cls(Config(**json.loads(header["config"])))
+    except (KeyError, TypeError, ValueError) as e:
+        raise InputError(f"{path}: unusable configuration in its header ({e})") from e
     model.load_state_dict(_read_state(Path(path), model))
     return model.eval()
 
+# %% ../../nbs/01_network/08_model.ipynb #b287f2aa
 @patch(cls_method=True)
 def from_pretrained(
     cls: SMFNet,
@@ -227,5 +264,8 @@ def from_pretrained(
     "Load weights that ship inside the package; raises `InputError` for an unknown name."
     folder = Path(str(files("smfnet"))) / "weights"
     shipped = sorted(p.stem for p in folder.glob("*.safetensors"))
-    if name not in shipped: raise InputError(f"{name!r}: not shipped with this package; available: {', '.join(shipped) or 'none'}")
+    if name not in shipped:
+        raise InputError(
+            f"{name!r}: not shipped with this package; available: {', '.join(shipped) or 'none'}"
+        )
     return cls.load(folder / f"{name}.safetensors")

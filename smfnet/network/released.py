@@ -20,44 +20,66 @@ from ..core.checks import InputError
 from .model import SMFNet
 
 # %% ../../nbs/01_network/09_released.ipynb #102202f5
-_RENAME = [(re.compile(a), b) for a, b in (
-    (r"^DIDF_Encoder/patch_embed\.proj", "encoder.embed"), (r"^DIDF_Encoder/encoder_level1\.0", "encoder.shallow"),
-    (r"^DIDF_Encoder/baseFeature\.conv_first", "encoder.base.first"),
-    (r"^DIDF_Encoder/baseFeature\.layers\.(\d+)\.conv\.", r"encoder.base.groups.\1.bottleneck."),
-    (r"^DIDF_Encoder/detailFeature\.TCA\.", "encoder.detail.cross."),
-    (r"^DIDF_Encoder/detailFeature\.layer\.", "encoder.detail.coupling."),
-    (r"^DIDF_Encoder/GRDB_module\.", "encoder.detail.grdb."),
-    (r"^DIDF_Decoder/encoder_level1\.0", "decoder.block"), (r"^DIDF_Decoder/output\.", "decoder.convs."),
-    (r"^BaseFuseLayer/", "base_fusion."),
-    (r"^DetailFuseLayer/net\.(\d+)\.", r"detail_fusion.couplings.\1."), (r"^DetailFuseLayer/GRDB\.", "detail_fusion.grdb."),
-    (r"^GraphModel/graph\.graph\.ppm_rgb\.convs\.", "graph.embed_ir.scales."),
-    (r"^GraphModel/graph\.graph\.ppm_dep\.convs\.", "graph.embed_vis.scales."),
-    (r"^GraphModel/graph\.graph\.graph_rgb\.", "graph.reason_ir."), (r"^GraphModel/graph\.graph\.graph_dep\.", "graph.reason_vis."),
-    (r"^GraphModel/graph\.graph\.C_pa\.0\.", "graph.exchange.to_vis."), (r"^GraphModel/graph\.graph\.C_pa\.1\.", "graph.exchange.to_ir."),
-    (r"^GraphModel/graph\.C_cat\.0\.", "graph.merge_ir."), (r"^GraphModel/graph\.C_cat\.1\.", "graph.merge_vis."),
-    (r"^GraphModel/C_cls\.", "graph.join."),
-    (r"C_wgt\.weight$", "messages.weight"), (r"ConvGRU\.ConvGates", "gru.gates"), (r"ConvGRU\.Conv_ct", "gru.candidate"),
-    (r"norm(\d)\.body\.", r"norm\1."), (r"theta_(phi|rho|eta)\.", r"\1."), (r"bottleneckBlock\.0\.", "0."),
-    (r"bottleneckBlock\.3\.", "2."), (r"bottleneckBlock\.5\.", "4."), (r"shffleconv", "mix"),
-    (r"grdb\.conv\.conv\.", "grdb.first."), (r"GRDB\.dense\.conv(\d)\.conv", r"dense\1"), (r"GRDB\.convdown\.conv", "narrow"),
-    (r"GRDB\.sobelconv\.conv(x|y)", r"sobel.\1"), (r"GRDB\.convup\.conv", "gradient"),
-    (r"cross\.(q|kv)_dwconv", r"cross.\1_local"), (r"cross\.project_out", "cross.out"))]
+_RENAME = [
+    (re.compile(a), b)
+    for a, b in (
+        (r"^DIDF_Encoder/patch_embed\.proj", "encoder.embed"),
+        (r"^DIDF_Encoder/encoder_level1\.0", "encoder.shallow"),
+        (r"^DIDF_Encoder/baseFeature\.conv_first", "encoder.base.first"),
+        (r"^DIDF_Encoder/baseFeature\.layers\.(\d+)\.conv\.", r"encoder.base.groups.\1.bottleneck."),
+        (r"^DIDF_Encoder/detailFeature\.TCA\.", "encoder.detail.cross."),
+        (r"^DIDF_Encoder/detailFeature\.layer\.", "encoder.detail.coupling."),
+        (r"^DIDF_Encoder/GRDB_module\.", "encoder.detail.grdb."),
+        (r"^DIDF_Decoder/encoder_level1\.0", "decoder.block"),
+        (r"^DIDF_Decoder/output\.", "decoder.convs."), (r"^BaseFuseLayer/", "base_fusion."),
+        (r"^DetailFuseLayer/net\.(\d+)\.", r"detail_fusion.couplings.\1."),
+        (r"^DetailFuseLayer/GRDB\.", "detail_fusion.grdb."),
+        (r"^GraphModel/graph\.graph\.ppm_rgb\.convs\.", "graph.embed_ir.scales."),
+        (r"^GraphModel/graph\.graph\.ppm_dep\.convs\.", "graph.embed_vis.scales."),
+        (r"^GraphModel/graph\.graph\.graph_rgb\.", "graph.reason_ir."),
+        (r"^GraphModel/graph\.graph\.graph_dep\.", "graph.reason_vis."),
+        (r"^GraphModel/graph\.graph\.C_pa\.0\.", "graph.exchange.to_vis."),
+        (r"^GraphModel/graph\.graph\.C_pa\.1\.", "graph.exchange.to_ir."),
+        (r"^GraphModel/graph\.C_cat\.0\.", "graph.merge_ir."),
+        (r"^GraphModel/graph\.C_cat\.1\.", "graph.merge_vis."), (r"^GraphModel/C_cls\.", "graph.join."),
+        (r"C_wgt\.weight$", "messages.weight"), (r"ConvGRU\.ConvGates", "gru.gates"),
+        (r"ConvGRU\.Conv_ct", "gru.candidate"), (r"norm(\d)\.body\.", r"norm\1."),
+        (r"theta_(phi|rho|eta)\.", r"\1."), (r"bottleneckBlock\.0\.", "0."),
+        (r"bottleneckBlock\.3\.", "2."), (r"bottleneckBlock\.5\.", "4."), (r"shffleconv", "mix"),
+        (r"grdb\.conv\.conv\.", "grdb.first."), (r"GRDB\.dense\.conv(\d)\.conv", r"dense\1"),
+        (r"GRDB\.convdown\.conv", "narrow"), (r"GRDB\.sobelconv\.conv(x|y)", r"sobel.\1"),
+        (r"GRDB\.convup\.conv", "gradient"), (r"cross\.(q|kv)_dwconv", r"cross.\1_local"),
+        (r"cross\.project_out", "cross.out"),
+    )
+]
 
 # %% ../../nbs/01_network/09_released.ipynb #4160756d
 def _base_block(m: re.Match) -> str:
     return f"encoder.base.groups.{m[1]}.blocks.{2 * int(m[2]) + int(m[3])}."
 
-_BLOCKS = [(re.compile(a), b) for a, b in (
-    (r"^DIDF_Encoder/baseFeature\.layers\.(\d+)\.residual_group\.(\d+)\.(\d+)\.", _base_block),
-    (r"attn\.(temperature|scale)$", "attention.temperature"), (r"attn\.(qkv|qkv1)\.weight", "attention.qkv.weight"),
-    (r"attn\.(qkv_dwconv|qkv2)\.", "attention.local."), (r"attn\.(project_out|proj)\.", "attention.out."),
-    (r"(?:ffn_leff|mlp)\.linear1\.0\.", "feed_forward.expand."), (r"(?:ffn_leff|mlp)\.dwconv\.0\.", "feed_forward.local."),
-    (r"(?:ffn_leff|mlp)\.linear2\.0\.", "feed_forward.reduce."),
-    (r"mlp\.project_in\.", "feed_forward.0."), (r"mlp\.project_out\.", "feed_forward.2."))]
+# %% ../../nbs/01_network/09_released.ipynb #d87a57c6
+_BLOCKS = [
+    (re.compile(a), b)
+    for a, b in (
+        (r"^DIDF_Encoder/baseFeature\.layers\.(\d+)\.residual_group\.(\d+)\.(\d+)\.", _base_block),
+        (r"attn\.(temperature|scale)$", "attention.temperature"),
+        (r"attn\.(qkv|qkv1)\.weight", "attention.qkv.weight"),
+        (r"attn\.(qkv_dwconv|qkv2)\.", "attention.local."),
+        (r"attn\.(project_out|proj)\.", "attention.out."),
+        (r"(?:ffn_leff|mlp)\.linear1\.0\.", "feed_forward.expand."),
+        (r"(?:ffn_leff|mlp)\.dwconv\.0\.", "feed_forward.local."),
+        (r"(?:ffn_leff|mlp)\.linear2\.0\.", "feed_forward.reduce."),
+        (r"mlp\.project_in\.", "feed_forward.0."), (r"mlp\.project_out\.", "feed_forward.2."),
+    )
+]
 
-UNUSED = re.compile(r"BaseFuseLayer/reduce_channel|DIDF_Encoder/baseFeature\.(reduce_channel|norm|conv_after_body)\."
-                    r"|GraphModel/graph\.(C_cat\.[2-5]|C_cls|graph\.C_ca)\.")
+# %% ../../nbs/01_network/09_released.ipynb #2f2f7426
+UNUSED = re.compile(
+    r"BaseFuseLayer/reduce_channel|DIDF_Encoder/baseFeature\.(reduce_channel|norm|conv_after_body)\."
+    r"|GraphModel/graph\.(C_cat\.[2-5]|C_cls|graph\.C_ca)\."
+)
 
+# %% ../../nbs/01_network/09_released.ipynb #b2953977
 def released_name(
     key: str,  # "entry/key" of the release, with or without "module."
 ) -> str | None:  # the name in `SMFNet`'s state, or None for a parameter that nothing uses
@@ -70,31 +92,48 @@ def released_name(
 # %% ../../nbs/01_network/09_released.ipynb #7b5a321a
 ENTRIES = ("DIDF_Encoder", "DIDF_Decoder", "BaseFuseLayer", "DetailFuseLayer", "GraphModel")
 
+# %% ../../nbs/01_network/09_released.ipynb #bd2f3c8c
 def _read(path: Path) -> Mapping:
     "Tensors of a checkpoint file: safetensors, or a pickle through the weights-only unpickler."
-    if not path.is_file(): raise InputError(f"{path}: no such checkpoint")
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint")
     try:
-        if path.suffix == ".safetensors": return load_file(path)
+        if path.suffix == ".safetensors":
+            return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as e: raise InputError(f"{path}: not a readable safetensors file ({e}); download it again") from e
+    except SafetensorError as e:
+        raise InputError(f"{path}: not a readable safetensors file ({e}); download it again") from e
     except pickle.UnpicklingError as e:
-        raise InputError(f"{path}: refused, because it holds more than tensors or is damaged; it may run code when loaded. "
-                         "Ask its author for a safetensors file") from e
+        raise InputError(
+            f"{path}: refused, because it holds more than tensors or is damaged; it may run code when loaded. "
+            "Ask its author for a safetensors file"
+        ) from e
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
         raise InputError(f"{path}: not a readable checkpoint ({type(e).__name__}); download it again") from e
 
+# %% ../../nbs/01_network/09_released.ipynb #0af65c7b
 def _flatten(state: Mapping, source: str) -> dict[str, Tensor]:
     "Five dictionaries, or flat `entry/key` names, as one flat dictionary."
-    if not isinstance(state, Mapping): raise InputError(f"{source}: expected a dictionary of tensors, found {type(state).__name__}; give the authors' checkpoint")
+    if not isinstance(state, Mapping):
+        raise InputError(
+            f"{source}: expected a dictionary of tensors, found {type(state).__name__}; give the authors' checkpoint"
+        )
     flat = {}
     for name, value in state.items():
-        flat.update({f"{name}/{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value})
+        flat.update(
+            {f"{name}/{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value}
+        )
     found = {str(k).split("/")[0] for k in flat}
     if not set(ENTRIES) <= found:
-        raise InputError(f"{source}: not the authors' format, which has the entries {', '.join(ENTRIES)}; "
-                         f"found {', '.join(sorted(found)[:6]) or 'nothing'}; weights of this project are read by SMFNet.load")
+        raise InputError(
+            f"{source}: not the authors' format, which has the entries {', '.join(ENTRIES)}; "
+            f"found {', '.join(sorted(found)[:6]) or 'nothing'}; weights of this project are read by SMFNet.load"
+        )
     other = sorted(str(k) for k, v in flat.items() if not isinstance(v, Tensor))
-    if other: raise InputError(f"{source}: {', '.join(other[:6])}: not tensors; remove these entries from the checkpoint")
+    if other:
+        raise InputError(
+            f"{source}: {', '.join(other[:6])}: not tensors; remove these entries from the checkpoint"
+        )
     return flat
 
 # %% ../../nbs/01_network/09_released.ipynb #723f709e
@@ -105,16 +144,25 @@ def load_released(
 ) -> SMFNet:  # paper preset with `edge_gating="channel_interleaved"`, evaluation mode
     "Load the authors' checkpoint format; raises `InputError` naming missing, unexpected and misshapen keys."
     source = path_or_state if isinstance(path_or_state, (str, Path)) else "checkpoint"
-    flat = _flatten(_read(Path(path_or_state)) if isinstance(path_or_state, (str, Path)) else path_or_state, source)
+    flat = _flatten(
+        _read(Path(path_or_state)) if isinstance(path_or_state, (str, Path)) else path_or_state, source
+    )
     model = SMFNet("paper", edge_gating="channel_interleaved")
     own, names = model.state_dict(), {k: released_name(k) for k in flat}
     unused = sorted(k for k, n in names.items() if n is None)
     state = {n: flat[k] for k, n in names.items() if n}
     problems = [f"missing {n}" for n in sorted(own.keys() - state.keys())]
     problems += [f"unexpected {k}" for k, n in sorted(names.items()) if n and n not in own]
-    problems += [f"{n} has shape {tuple(state[n].shape)} instead of {tuple(own[n].shape)}" for n in sorted(own.keys() & state.keys()) if state[n].shape != own[n].shape]
+    problems += [
+        f"{n} has shape {tuple(state[n].shape)} instead of {tuple(own[n].shape)}"
+        for n in sorted(own.keys() & state.keys())
+        if state[n].shape != own[n].shape
+    ]
     if problems:
-        raise InputError(f"{source}: {len(problems)} keys do not fit: {'; '.join(problems[:6])}; give a checkpoint of this network, unchanged")
-    if verbose and unused: print(f"left out {len(unused)} tensors that no forward pass of the release reaches ({unused[0]} …)")
+        raise InputError(
+            f"{source}: {len(problems)} keys do not fit: {'; '.join(problems[:6])}; give a checkpoint of this network, unchanged"
+        )
+    if verbose and unused:
+        print(f"left out {len(unused)} tensors that no forward pass of the release reaches ({unused[0]} …)")
     model.load_state_dict(state)
     return model.eval()

@@ -28,17 +28,27 @@ def _direct(x, weight, *_, out_shape=None, **__) -> int:
 
 _COUNTS = {torch.ops.aten.mkldnn_convolution: _direct}
 
+# %% ../../nbs/09_report/05_architecture.ipynb #5c5baeb3
 def _listen(model: nn.Module, counter: FlopCounterMode, seen: dict[str, dict]) -> None:
     "Hooks that note calls, output shapes and operations of every module."
     def before(name):
-        def hook(*_): seen.setdefault(name, {"calls": 0, "flop": 0, "shapes": []})["start"] = counter.get_total_flops()
+        def hook(*_):
+            seen.setdefault(name, {"calls": 0, "flop": 0, "shapes": []})["start"] = counter.get_total_flops()
         return hook
     def after(name):
         def hook(module, inputs, output):
-            outputs = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,)
+            outputs = (
+                output.values()
+                if isinstance(output, dict)
+                else output
+                if isinstance(output, tuple)
+                else (output,)
+            )
             seen[name]["calls"] += 1
             seen[name]["flop"] += counter.get_total_flops() - seen[name]["start"]
-            seen[name]["shapes"] = max(seen[name]["shapes"], [tuple(t.shape) for t in outputs], key=lambda s: sum(map(math.prod, s)))
+            seen[name]["shapes"] = max(
+                seen[name]["shapes"], [tuple(t.shape) for t in outputs], key=lambda s: sum(map(math.prod, s))
+            )
         return hook
     for name, module in model.named_modules():
         module.register_forward_pre_hook(before(name))
@@ -52,47 +62,93 @@ def trace(
     stage: int = 2,  # 1: reconstruct both images; 2: fuse
 ) -> pd.DataFrame:  # one row a module that ran; the whole network is the row ""
     "Shapes, parameters and operations of every module in one forward pass; `InputError` for a size that is too small."
-    if min(size) < MIN_SIDE: raise InputError(f"size: {tuple(size)} is too small; both sides need at least {MIN_SIDE} pixels")
-    twin, seen, counter = copy.deepcopy(model).cpu().float().eval(), {}, FlopCounterMode(display=False, custom_mapping=_COUNTS)
+    if min(size) < MIN_SIDE:
+        raise InputError(f"size: {tuple(size)} is too small; both sides need at least {MIN_SIDE} pixels")
+    twin, seen, counter = (
+        copy.deepcopy(model).cpu().float().eval(), {},
+        FlopCounterMode(display=False, custom_mapping=_COUNTS),
+    )
     _listen(twin, counter, seen)
     image = torch.rand(1, 1, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), counter: twin(vis=image, ir=image, stage=stage)
     modules = dict(twin.named_modules())
-    rows = [{"module": name, "kind": type(modules[name]).__name__, "calls": s["calls"], "shape": s["shapes"][-1], "outputs": len(s["shapes"]),
-             "parameters": sum(p.numel() for p in modules[name].parameters()), "gflop": s["flop"] / 1e9} for name, s in seen.items()]
+    rows = [
+        {
+            "module": name, "kind": type(modules[name]).__name__, "calls": s["calls"],
+            "shape": s["shapes"][-1], "outputs": len(s["shapes"]),
+            "parameters": sum(p.numel() for p in modules[name].parameters()), "gflop": s["flop"] / 1e9,
+        }
+        for name, s in seen.items()
+    ]
     table = pd.DataFrame(rows).set_index("module")
     return table.assign(share=table["gflop"] / max(table.loc["", "gflop"], 1e-30))
 
 # %% ../../nbs/09_report/05_architecture.ipynb #e56b8a1b
 BLOCKS = {  # module -> (x, y, label); y from the top, in units of a block
-    "encoder.shallow": (1.3, 1.0, "shallow features"), "encoder.base": (2.85, 0.0, "base branch"), "encoder.detail": (2.85, 1.0, "detail branch (CAI)"),
-    "graph": (2.85, 2.0, "graph reasoning (GR)"), "base_fusion": (4.4, 0.0, "base fusion"), "detail_fusion": (4.4, 1.0, "detail fusion"),
-    "graph.join": (4.4, 2.0, "joint graph feature"), "decoder": (5.95, 1.0, "decoder")}
+    "encoder.shallow": (1.3, 1.0, "shallow features"), "encoder.base": (2.85, 0.0, "base branch"),
+    "encoder.detail": (2.85, 1.0, "detail branch (CAI)"), "graph": (2.85, 2.0, "graph reasoning (GR)"),
+    "base_fusion": (4.4, 0.0, "base fusion"), "detail_fusion": (4.4, 1.0, "detail fusion"),
+    "graph.join": (4.4, 2.0, "joint graph feature"), "decoder": (5.95, 1.0, "decoder"),
+}
 ARROWS = {
-    1: (("encoder.shallow", "encoder.base"), ("encoder.shallow", "encoder.detail"), ("encoder.shallow", "graph"),
-        ("encoder.base", "decoder"), ("encoder.detail", "decoder"), ("graph", "decoder")),
-    2: (("encoder.shallow", "encoder.base"), ("encoder.shallow", "encoder.detail"), ("encoder.shallow", "graph"),
-        ("encoder.base", "base_fusion"), ("encoder.detail", "detail_fusion"), ("graph", "graph.join"),
-        ("base_fusion", "decoder"), ("detail_fusion", "decoder"), ("graph.join", "decoder"))}
+    1: (
+        ("encoder.shallow", "encoder.base"), ("encoder.shallow", "encoder.detail"),
+        ("encoder.shallow", "graph"), ("encoder.base", "decoder"), ("encoder.detail", "decoder"),
+        ("graph", "decoder"),
+    ),
+    2: (
+        ("encoder.shallow", "encoder.base"), ("encoder.shallow", "encoder.detail"),
+        ("encoder.shallow", "graph"), ("encoder.base", "base_fusion"), ("encoder.detail", "detail_fusion"),
+        ("graph", "graph.join"), ("base_fusion", "decoder"), ("detail_fusion", "decoder"),
+        ("graph.join", "decoder"),
+    ),
+}
 
 # %% ../../nbs/09_report/05_architecture.ipynb #d9c5cb5f
-_FILL = {"encoder": "#d6e6f4", "graph": "#e2eed5", "base_fusion": "#fbe3cc", "detail_fusion": "#fbe3cc", "decoder": "#eadcf0"}
+_FILL = {
+    "encoder": "#d6e6f4",
+    "graph": "#e2eed5",
+    "base_fusion": "#fbe3cc",
+    "detail_fusion": "#fbe3cc",
+    "decoder": "#eadcf0",
+}
 
+# %% ../../nbs/09_report/05_architecture.ipynb #2681836b
 def _count(n: int) -> str:
     return f"{n / 1e6:.2f} M" if n >= 1e6 else f"{n / 1e3:.1f} k" if n >= 1e3 else str(n)
 
+# %% ../../nbs/09_report/05_architecture.ipynb #0546d28a
 def _block(ax: Axes, x: float, y: float, label: str, row: pd.Series | None, colour: str) -> None:
     "A box with label, kind, shape, parameters and share of the work."
-    ax.add_patch(FancyBboxPatch((x - 0.56, y - 0.41), 1.12, 0.82, boxstyle="round,pad=0,rounding_size=0.06", fc=colour, ec="#444", lw=0.9))
+    ax.add_patch(
+        FancyBboxPatch(
+            (x - 0.56, y - 0.41), 1.12, 0.82, boxstyle="round,pad=0,rounding_size=0.06", fc=colour,
+            ec="#444",
+            lw=0.9,
+        )
+    )
     ax.text(x, y - 0.27, label, ha="center", va="center", fontsize=8.5, weight="bold")
     if row is None: return
     several = f"{row['outputs']} × " if row["outputs"] > 1 else ""
     shape = several + " × ".join(map(str, row["shape"]))
-    ax.text(x, y + 0.1, f"{row['kind']}\n{shape}\n{_count(row['parameters'])} parameters\n{row['share']:.1%} of the work", ha="center", va="center", fontsize=7, linespacing=1.45)
+    ax.text(
+        x, y + 0.1,
+        f"{row['kind']}\n{shape}\n{_count(row['parameters'])} parameters\n{row['share']:.1%} of the work",
+        ha="center", va="center", fontsize=7, linespacing=1.45,
+    )
 
+# %% ../../nbs/09_report/05_architecture.ipynb #2589c772
 def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
-    ax.add_patch(FancyArrowPatch((start[0] + 0.57, start[1]), (end[0] - 0.57, end[1]), arrowstyle="-|>", mutation_scale=9, lw=1, color="#444", shrinkA=0, shrinkB=0))
+    ax.add_patch(
+        FancyArrowPatch(
+            (start[0] + 0.57, start[1]), (end[0] - 0.57, end[1]), arrowstyle="-|>", mutation_scale=9, lw=1,
+            color="#444",
+            shrinkA=0,
+            shrinkB=0,
+        )
+    )
 
+# %% ../../nbs/09_report/05_architecture.ipynb #029cc4e1
 def _diagram(ax: Axes, table: pd.DataFrame, stage: int) -> None:
     "Blocks and arrows of one stage."
     used = {block for arrow in ARROWS[stage] for block in arrow}
@@ -101,11 +157,21 @@ def _diagram(ax: Axes, table: pd.DataFrame, stage: int) -> None:
         _block(ax, x, y, label, table.loc[name], _FILL[name if name in _FILL else name.split(".")[0]])
     for a, b in ARROWS[stage]: _arrow(ax, BLOCKS[a][:2], BLOCKS[b][:2])
     for y, label in ((0.5, "infrared"), (1.5, "visible")):
-        ax.text(0.0, y, label, ha="center", va="center", fontsize=8.5, bbox={"boxstyle": "round", "fc": "white", "ec": "#444"})
+        ax.text(
+            0.0, y, label, ha="center", va="center", fontsize=8.5,
+            bbox={"boxstyle": "round", "fc": "white", "ec": "#444"},
+        )
         _arrow(ax, (-0.33, y), (1.3, 1.0 + 0.4 * (y - 1.0)))
-    ax.text(7.15, 1.0, "fused image" if stage == 2 else "both images\nrebuilt", ha="center", va="center", fontsize=8.5, bbox={"boxstyle": "round", "fc": "white", "ec": "#444"})
+    ax.text(
+        7.15, 1.0, "fused image" if stage == 2 else "both images\nrebuilt", ha="center", va="center",
+        fontsize=8.5,
+        bbox={"boxstyle": "round", "fc": "white", "ec": "#444"},
+    )
     _arrow(ax, (5.95, 1.0), (7.36, 1.0))
-    ax.set_xlim(-0.35, 7.6); ax.set_ylim(2.46, -0.46); ax.set_aspect("equal"); ax.axis("off")
+    ax.set_xlim(-0.35, 7.6)
+    ax.set_ylim(2.46, -0.46)
+    ax.set_aspect("equal")
+    ax.axis("off")
 
 # %% ../../nbs/09_report/05_architecture.ipynb #251a6605
 def draw(
@@ -118,7 +184,14 @@ def draw(
         table = trace(model, size, stage=stage)
         _diagram(ax, table, stage)
         total, c = table.loc[""], model.config
-        what = "each modality is rebuilt from its own features" if stage == 1 else "the features of both modalities are fused and decoded"
-        ax.set_title(f"Stage {'I' * stage}: {what}. C = {c.dim}, {c.heads} heads; {total['gflop']:.1f} GFLOP for a pair of {size[0]} × {size[1]} pixels; "
-                     f"{_count(total['parameters'])} parameters in all", fontsize=9)
+        what = (
+            "each modality is rebuilt from its own features"
+            if stage == 1
+            else "the features of both modalities are fused and decoded"
+        )
+        ax.set_title(
+            f"Stage {'I' * stage}: {what}. C = {c.dim}, {c.heads} heads; {total['gflop']:.1f} GFLOP for a pair of {size[0]} × {size[1]} pixels; "
+            f"{_count(total['parameters'])} parameters in all",
+            fontsize=9,
+        )
     return fig

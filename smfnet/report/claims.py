@@ -28,18 +28,35 @@ from ..training.trainer import recipe
 
 # %% ../../nbs/09_report/06_claims.ipynb #14f1be72
 KINDS = ("rank", "ablation", "count", "qualitative")
-CLAIM_COLUMNS = ("id", "section", "claim", "source", "kind", "table", "sets", "metrics", "method", "target", "against", "cells_needed", "reading")
+CLAIM_COLUMNS = (
+    "id", "section", "claim", "source", "kind", "table", "sets", "metrics", "method", "target", "against",
+    "cells_needed", "reading",
+)
 
+# %% ../../nbs/09_report/06_claims.ipynb #035c2002
 def _check_claim(where: str, row: Mapping[str, str]) -> None:
-    needed = {"rank": ("table", "metrics", "target"), "ablation": ("table", "metrics", "target"), "count": ("target",), "qualitative": ()}
-    if row["kind"] not in KINDS: raise InputError(f"{where}: kind {row['kind']!r} is unknown; choose one of {', '.join(KINDS)}")
-    empty = [c for c in ("id", "section", "claim", "source", "sets", "method", *needed[row["kind"]]) if not row[c].strip()]
-    if empty: raise InputError(f"{where}: {', '.join(empty)} empty; a claim of kind {row['kind']} needs it")
-    if row["table"] not in ("", *map(str, TABLES)): raise InputError(f"{where}: table {row['table']!r} is unknown; the paper has tables 1 to 5")
-    if row["kind"] == "ablation" and row["method"] != "ours": raise InputError(f"{where}: method {row['method']!r}; an ablation is compared with ours")
+    needed = {
+        "rank": ("table", "metrics", "target"), "ablation": ("table", "metrics", "target"),
+        "count": ("target",), "qualitative": (),
+    }
+    if row["kind"] not in KINDS:
+        raise InputError(f"{where}: kind {row['kind']!r} is unknown; choose one of {', '.join(KINDS)}")
+    empty = [
+        c
+        for c in ("id", "section", "claim", "source", "sets", "method", *needed[row["kind"]])
+        if not row[c].strip()
+    ]
+    if empty:
+        raise InputError(f"{where}: {', '.join(empty)} empty; a claim of kind {row['kind']} needs it")
+    if row["table"] not in ("", *map(str, TABLES)):
+        raise InputError(f"{where}: table {row['table']!r} is unknown; the paper has tables 1 to 5")
+    if row["kind"] == "ablation" and row["method"] != "ours":
+        raise InputError(f"{where}: method {row['method']!r}; an ablation is compared with ours")
     for name in ("cells_needed", *(("target",) if row["kind"] in ("rank", "count") else ())):
-        if row[name] and not (row[name].isdecimal() and int(row[name])): raise InputError(f"{where}: {name} {row[name]!r} is not a positive whole number")
+        if row[name] and not (row[name].isdecimal() and int(row[name])):
+            raise InputError(f"{where}: {name} {row[name]!r} is not a positive whole number")
 
+# %% ../../nbs/09_report/06_claims.ipynb #2083bc56
 def load_claims(
     path: str | Path,  # claims.csv
 ) -> pd.DataFrame:  # one row a claim, columns `CLAIM_COLUMNS`, all text
@@ -47,7 +64,8 @@ def load_claims(
     rows, seen = read_rows(path, CLAIM_COLUMNS), set()
     for where, row in rows:
         _check_claim(where, row)
-        if row["id"] in seen: raise InputError(f"{where}: id {row['id']} occurs twice; every claim needs its own")
+        if row["id"] in seen:
+            raise InputError(f"{where}: id {row['id']} occurs twice; every claim needs its own")
         seen.add(row["id"])
     return pd.DataFrame([row for _, row in rows], columns=CLAIM_COLUMNS)
 
@@ -58,13 +76,18 @@ SCALES = ("demo", "real", "full")
 VERDICTS = ("reproduced", "not reproduced", "not testable")
 
 def _check_measured(measured: pd.DataFrame, scale: str) -> None:
-    if scale not in SCALES: raise InputError(f"scale: {scale!r} is unknown; choose one of {', '.join(SCALES)}")
+    if scale not in SCALES:
+        raise InputError(f"scale: {scale!r} is unknown; choose one of {', '.join(SCALES)}")
     absent = [c for c in MEASURED if c not in measured]
-    if absent: raise InputError(f"measured: {', '.join(absent)} missing; the columns are {', '.join(MEASURED)}")
+    if absent:
+        raise InputError(f"measured: {', '.join(absent)} missing; the columns are {', '.join(MEASURED)}")
     doubled = measured[measured.duplicated(["set", "method", "metric"])]
-    for row in doubled.itertuples(): raise InputError(f"measured: {row.set}, {row.method}, {row.metric} occurs twice; average seeds first")
+    for row in doubled.itertuples():
+        raise InputError(f"measured: {row.set}, {row.method}, {row.metric} occurs twice; average seeds first")
     for row in measured[~measured["complete_set"].isin([True, False]) & measured["complete_set"].notna()].itertuples():
-        raise InputError(f"measured: {row.set}, {row.method}, {row.metric}: complete_set is {row.complete_set!r}; give True or False, or None")
+        raise InputError(
+            f"measured: {row.set}, {row.method}, {row.metric}: complete_set is {row.complete_set!r}; give True or False, or None"
+        )
 
 # %% ../../nbs/09_report/06_claims.ipynb #dbddf1e0
 OWN_MACHINE = ("2", "3")  # tables whose printed rows are no rivals of measured ones
@@ -72,11 +95,17 @@ OWN_MACHINE = ("2", "3")  # tables whose printed rows are no rivals of measured 
 def _methods(claim: Mapping) -> list[str]:
     return [claim["method"], *([claim["target"]] if claim["kind"] == "ablation" else [])]
 
+# %% ../../nbs/09_report/06_claims.ipynb #08abf5fc
 def _own(claim: Mapping, measured: pd.DataFrame) -> pd.DataFrame:
     "Measured rows that a claim is about: its method, and the configuration of an ablation."
-    rows = measured[measured["method"].isin(_methods(claim)) & measured["set"].isin(claim["sets"].split(";")) & measured["mean"].notna()]
+    rows = measured[
+        measured["method"].isin(_methods(claim))
+        & measured["set"].isin(claim["sets"].split(";"))
+        & measured["mean"].notna()
+    ]
     return rows[rows["metric"].isin(claim["metrics"].split(";"))] if claim["metrics"] else rows
 
+# %% ../../nbs/09_report/06_claims.ipynb #741746b9
 def _parts(own: pd.DataFrame) -> list[str]:
     "Sets that were measured in part, or whose size nobody knows."
     found = []
@@ -85,18 +114,32 @@ def _parts(own: pd.DataFrame) -> list[str]:
         elif not rows["complete_set"].eq(True).all(): found.append(f"{name}: {int(rows['n'].max())} images are not the complete test set")
     return found
 
+# %% ../../nbs/09_report/06_claims.ipynb #5d808ae0
 def _unmeasured_rivals(claim: Mapping, measured: pd.DataFrame, published: pd.DataFrame) -> list[str]:
     "Why a claim on Table 2 or 3 has too few rivals; empty for other tables."
     if claim["kind"] != "rank" or claim["table"] not in OWN_MACHINE: return []
-    printed = published[(published["table"].astype(str) == claim["table"]) & (published["method"] != claim["method"])]
+    printed = published[
+        (published["table"].astype(str) == claim["table"]) & (published["method"] != claim["method"])
+    ]
     rivals = set(claim["against"].split(";")) if claim["against"] else set(printed["method"])
-    found = rivals & set(measured.loc[measured["set"].isin(claim["sets"].split(";")) & measured["complete_set"].eq(True), "method"])
-    return [f"printed values are no rivals, since another machine was trained here; measured are {len(found)} of {len(rivals)} rivals"] if found < rivals else []
+    found = rivals & set(
+        measured.loc[
+            measured["set"].isin(claim["sets"].split(";")) & measured["complete_set"].eq(True), "method"
+        ]
+    )
+    return (
+        [
+            f"printed values are no rivals, since another machine was trained here; measured are {len(found)} of {len(rivals)} rivals"
+        ]
+        if found < rivals
+        else []
+    )
 
 # %% ../../nbs/09_report/06_claims.ipynb #abc65424
 def _obstacles(claim: Mapping, measured: pd.DataFrame, scale: str, published: pd.DataFrame) -> list[str]:
     "Why this run cannot decide a claim; empty if it can."
-    if claim["kind"] == "qualitative": return [f"no number decides it; only the images can show it ({claim['source']} of the paper)"]
+    if claim["kind"] == "qualitative":
+        return [f"no number decides it; only the images can show it ({claim['source']} of the paper)"]
     own, found = _own(claim, measured), []
     if claim["kind"] == "count": return _parts(own) if len(own) else ["nothing measured"]
     wanted = [(s, m) for m in _methods(claim) for s in claim["sets"].split(";")]
@@ -111,49 +154,94 @@ def _obstacles(claim: Mapping, measured: pd.DataFrame, scale: str, published: pd
 def _values(claim: Mapping, measured: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     "set, method, metric, value: measured rows, and printed rows of rivals that were not measured on complete sets."
     rows = measured.rename(columns={"mean": "value"})[["set", "method", "metric", "value", "complete_set"]]
-    printed = published[(published["table"].astype(str) == claim["table"]) & (published["method"] != claim["method"])]
-    rows = rows[(rows["method"] == claim["method"]) | (rows["method"].isin(set(printed["method"])) & rows["complete_set"].eq(True))]
-    parts = [rows[["set", "method", "metric", "value"]].dropna(), *([] if claim["table"] in OWN_MACHINE else [printed])]
-    return pd.concat(parts, ignore_index=True).drop_duplicates(["set", "method", "metric"])[["set", "method", "metric", "value"]]
+    printed = published[
+        (published["table"].astype(str) == claim["table"]) & (published["method"] != claim["method"])
+    ]
+    rows = rows[
+        (rows["method"] == claim["method"])
+        | (rows["method"].isin(set(printed["method"])) & rows["complete_set"].eq(True))
+    ]
+    parts = [
+        rows[["set", "method", "metric", "value"]].dropna(),
+        *([] if claim["table"] in OWN_MACHINE else [printed]),
+    ]
+    return pd.concat(parts, ignore_index=True).drop_duplicates(["set", "method", "metric"])[
+        ["set", "method", "metric", "value"]
+    ]
 
+# %% ../../nbs/09_report/06_claims.ipynb #22a03fe3
 def _close(claim: Mapping, cells: pd.DataFrame, measured: pd.DataFrame) -> str:
     "Cells in which the best rival lies inside the interval of the mean over images."
     own = measured[measured["method"] == claim["method"]].set_index(["set", "metric"])
-    near = [f"{c['set']} {c['metric']}" for c in cells.to_dict("records") if c["holds"] is not None
-            and own.loc[(c["set"], c["metric"]), "low"] <= c["rival_value"] <= own.loc[(c["set"], c["metric"]), "high"]]
+    near = [
+        f"{c['set']} {c['metric']}"
+        for c in cells.to_dict("records")
+        if c["holds"] is not None
+        and own.loc[(c["set"], c["metric"]), "low"]
+        <= c["rival_value"]
+        <= own.loc[(c["set"], c["metric"]), "high"]
+    ]
     return f"; the best rival lies within the interval of the mean in {', '.join(near)}" if near else ""
 
+# %% ../../nbs/09_report/06_claims.ipynb #d23f3d0c
 def _above(claim: Mapping, cells: pd.DataFrame, measured: pd.DataFrame) -> str:
     "Trivial methods that score higher than the claim's method."
     plain = measured[measured["method"].isin(BASELINES)]
-    found = [f"{r.method} {r.mean:.4f} in {c['set']} {c['metric']}" for c in cells.to_dict("records")
-             for r in plain[(plain["set"] == c["set"]) & (plain["metric"] == c["metric"]) & (plain["mean"] > c["value"])].itertuples()]
+    found = [
+        f"{r.method} {r.mean:.4f} in {c['set']} {c['metric']}"
+        for c in cells.to_dict("records")
+        for r in plain[
+            (plain["set"] == c["set"]) & (plain["metric"] == c["metric"]) & (plain["mean"] > c["value"])
+        ].itertuples()
+    ]
     return f"; higher without any network: {', '.join(found)}" if found else ""
 
 # %% ../../nbs/09_report/06_claims.ipynb #af1dccec
 def _ablation_cells(claim: Mapping, measured: pd.DataFrame) -> pd.DataFrame:
     "Each cell of an ablation: set, metric, value, rival_value, `PAIRED`, holds (None: open)."
-    rows = measured.reindex(columns=["method", "set", "metric", "mean", *PAIRED]).set_index(["method", "set", "metric"])
+    rows = measured.reindex(columns=["method", "set", "metric", "mean", *PAIRED]).set_index(
+        ["method", "set", "metric"]
+    )
     cells = []
     for where in product(claim["sets"].split(";"), claim["metrics"].split(";")):
-        own, other = (rows.loc[(m, *where)] if (m, *where) in rows.index else rows.reindex([(m, *where)]).iloc[0] for m in _methods(claim))
+        own, other = (
+            rows.loc[(m, *where)] if (m, *where) in rows.index else rows.reindex([(m, *where)]).iloc[0]
+            for m in _methods(claim)
+        )
         clear = abs(other["difference"]) > other["half_interval"]
-        cells.append({"set": where[0], "metric": where[1], "value": own["mean"], "rival_value": other["mean"], **other[list(PAIRED)],
-                      "holds": bool(other["difference"] < 0) if clear else None})
+        cells.append(
+            {
+                "set": where[0], "metric": where[1], "value": own["mean"], "rival_value": other["mean"],
+                **other[list(PAIRED)], "holds": bool(other["difference"] < 0) if clear else None,
+            }
+        )
     return pd.DataFrame(cells).astype({"holds": object})
 
+# %% ../../nbs/09_report/06_claims.ipynb #9e02bdf1
 def _why_open(cells: pd.DataFrame) -> str:
     "Why cells of an ablation are open."
     open_ = cells[[c is None for c in cells["holds"]]]
     lacking, single = open_["difference"].isna(), open_["n_paired"].eq(1)
-    groups = {"some of its numbers are missing": lacking, "one seed": single, "the interval of the difference holds 0": ~lacking & ~single}
-    return "; ".join(f"{why} ({', '.join(part['set'] + ' ' + part['metric'])})" for why, rows in groups.items() if len(part := open_[rows]))
+    groups = {
+        "some of its numbers are missing": lacking, "one seed": single,
+        "the interval of the difference holds 0": ~lacking & ~single,
+    }
+    return "; ".join(
+        f"{why} ({', '.join(part['set'] + ' ' + part['metric'])})"
+        for why, rows in groups.items()
+        if len(part := open_[rows])
+    )
 
+# %% ../../nbs/09_report/06_claims.ipynb #d2a8fe8c
 def _ablation_words(claim: Mapping, cells: pd.DataFrame) -> str:
     "Cells of an ablation in words: both means and their difference."
     def words(c):
         if pd.isna(c["difference"]): return f"{c['set']} {c['metric']}: no difference measured"
-        half = "one seed" if pd.isna(c["half_interval"]) else f"± {c['half_interval']:.4f} over {c['n_paired']:.0f} seeds"
+        half = (
+            "one seed"
+            if pd.isna(c["half_interval"])
+            else f"± {c['half_interval']:.4f} over {c['n_paired']:.0f} seeds"
+        )
         return f"{c['set']} {c['metric']} {c['value']:.4f}, {claim['target']} {c['rival_value']:.4f} ({c['difference']:+.4f}, {half})"
     return "; ".join(words(c) for c in cells.to_dict("records"))
 
@@ -162,21 +250,43 @@ def _count(claim: Mapping, own: pd.DataFrame) -> tuple[bool | None, str, str]:
     if not len(own): return None, "nothing measured", "nothing measured"
     n, target = int(own["n"].max()), int(claim["target"])
     differs = "" if n == target else f", not {target}"
-    return n == target, f"the complete public test split has {n} pairs{differs}", f"{claim['sets']}: {n} pairs measured, {target} in the paper"
+    return (
+        n == target, f"the complete public test split has {n} pairs{differs}",
+        f"{claim['sets']}: {n} pairs measured, {target} in the paper",
+    )
 
+# %% ../../nbs/09_report/06_claims.ipynb #0ddccdad
 def _judged(claim: Mapping, measured: pd.DataFrame, published: pd.DataFrame) -> tuple[bool | None, str, str]:
     "What the numbers say (None: nothing), how they decide or why not, and the numbers themselves."
     own, ablation = _own(claim, measured), claim["kind"] == "ablation"
     if claim["kind"] == "count": return _count(claim, own)
     if claim["kind"] == "qualitative":
-        text = "; ".join(f"{r.set} {r.metric} {r.mean:.4f}" for r in own.itertuples()) if claim["metrics"] else ""
+        text = (
+            "; ".join(f"{r.set} {r.metric} {r.mean:.4f}" for r in own.itertuples())
+            if claim["metrics"]
+            else ""
+        )
         return None, "", text or "nothing to measure; see the figures of this run"
-    cells = _ablation_cells(claim, measured) if ablation else claim_cells(claim, _values(claim, measured, published))
+    cells = (
+        _ablation_cells(claim, measured)
+        if ablation
+        else claim_cells(claim, _values(claim, measured, published))
+    )
     if cells["value"].isna().all(): return None, "no cell can be judged", "nothing measured"
-    holds, how = claim_holds(claim, cells), f"holds in {sum(c is True for c in cells['holds'])} of {len(cells)} cells"
+    holds, how = (
+        claim_holds(claim, cells),
+        f"holds in {sum(c is True for c in cells['holds'])} of {len(cells)} cells",
+    )
     if holds is None: how = _why_open(cells) if ablation else f"{how}; some of its numbers are missing"
-    return holds, how, _ablation_words(claim, cells) if ablation else describe_cells(cells) + _close(claim, cells, measured) + _above(claim, cells, measured)
+    return (
+        holds,
+        how,
+        _ablation_words(claim, cells)
+        if ablation
+        else describe_cells(cells) + _close(claim, cells, measured) + _above(claim, cells, measured),
+    )
 
+# %% ../../nbs/09_report/06_claims.ipynb #11ad51b9
 def _in_print(claim: Mapping, published: pd.DataFrame) -> str:
     if claim["kind"] not in ("rank", "ablation"): return ""
     held = claim_holds(claim, claim_cells(claim, published[published["table"].astype(str) == claim["table"]]))
@@ -198,26 +308,47 @@ def verdicts(
         holds, how, shows = _judged(claim, measured, published)
         if not obstacles and holds is None: obstacles = [how]
         verdict = VERDICTS[2] if obstacles else VERDICTS[0] if holds else VERDICTS[1]
-        rows.append({**{k: claim[k] for k in ("id", "section", "claim", "source")}, "verdict": verdict, "reason": "; ".join(obstacles) or how,
-                     "shows": shows, "in_print": _in_print(claim, published), "reading": claim["reading"]})
-    return pd.DataFrame(rows, columns=["id", "section", "claim", "source", "verdict", "reason", "shows", "in_print", "reading"])
+        rows.append(
+            {
+                **{k: claim[k] for k in ("id", "section", "claim", "source")}, "verdict": verdict,
+                "reason": "; ".join(obstacles) or how, "shows": shows,
+                "in_print": _in_print(claim, published), "reading": claim["reading"],
+            }
+        )
+    return pd.DataFrame(
+        rows,
+        columns=["id", "section", "claim", "source", "verdict", "reason", "shows", "in_print", "reading"],
+    )
 
 # %% ../../nbs/09_report/06_claims.ipynb #293ff35f
 def _json(path: Path, stage: str) -> dict:
-    try: return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e: raise InputError(f"{path}: cannot be read ({e}); run the stage '{stage}'") from e
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: cannot be read ({e}); run the stage '{stage}'") from e
 
+# %% ../../nbs/09_report/06_claims.ipynb #f43e912e
 def weights_preset(
     weights: str | Path,  # a weights file of the notebook `train`, or the name of a shipped model
     stage: str = "2",  # of training, that the file must come from
 ) -> str:  # "paper", or what else it is
     "Preset of a network and what its training has unlike the paper's; `InputError` for a file that is none."
-    path = Path(weights) if Path(weights).suffix else Path(smfnet.__file__).parent / f"weights/{weights}.safetensors"
+    path = (
+        Path(weights)
+        if Path(weights).suffix
+        else Path(smfnet.__file__).parent / f"weights/{weights}.safetensors"
+    )
     if path.suffix != ".safetensors": return f"unknown ({path.name} does not say how it was trained)"
     header, beside = read_header(path), path.with_name("params.json")
-    preset = next((name for name, c in PRESETS.items() if c.stored() == json.loads(header["config"])), "unknown")
-    if not beside.is_file() or not {"recipe", "complete", "stage"} <= set(header): return f"{preset}, not trained by the notebook train"
-    params, found = _json(beside, "train_stage2"), [f"{k} {header[k]}" for k, wanted in (("recipe", "paper"), ("stage", stage)) if header[k] != wanted]
+    preset = next(
+        (name for name, c in PRESETS.items() if c.stored() == json.loads(header["config"])), "unknown"
+    )
+    if not beside.is_file() or not {"recipe", "complete", "stage"} <= set(header):
+        return f"{preset}, not trained by the notebook train"
+    params, found = (
+        _json(beside, "train_stage2"),
+        [f"{k} {header[k]}" for k, wanted in (("recipe", "paper"), ("stage", stage)) if header[k] != wanted],
+    )
     if header["complete"] != "True": found.append("not trained to the end")
     if params["settings"]: found.append(f"settings of {' and '.join(params['settings'])} changed")
     before = "" if stage == "1" else weights_preset(params["init"], "1") if params["init"] else "none"
@@ -229,7 +360,10 @@ def run_presets(
 ) -> dict[str, str]:  # method -> as `weights_preset`
     "What the networks of a run are, by the weights that the stage `fuse` used; `InputError` for a missing file."
     params = _json(Path(fuse), "fuse")["params"]
-    return {method: weights_preset(path) for method, path in {"ours": params["weights"], **params["models"]}.items()}
+    return {
+        method: weights_preset(path)
+        for method, path in {"ours": params["weights"], **params["models"]}.items()
+    }
 
 # %% ../../nbs/09_report/06_claims.ipynb #01175437
 def ablation_preset(
@@ -238,13 +372,20 @@ def ablation_preset(
 ) -> str:  # "paper", or what else it is
     "Whether the fingerprint of an ablation is that of the paper's preset and recipe on these data."
     wanted = conditions(data, preset="paper", r=recipe("paper"), protocol=rows["protocol"].iloc[0])
-    return "paper" if set(rows["conditions"]) == {wanted} else "unknown (fingerprint unlike the paper's preset and recipe on these data)"
+    return (
+        "paper"
+        if set(rows["conditions"]) == {wanted}
+        else "unknown (fingerprint unlike the paper's preset and recipe on these data)"
+    )
 
 # %% ../../nbs/09_report/06_claims.ipynb #3d4ded34
 def _complete(rows: pd.DataFrame, images: pd.Series, expected: Callable[[str], int | None]) -> pd.Series:
-    whole = [None if (known := expected(s)) is None else bool(n == known) for s, n in zip(rows["set"], images)]
+    whole = [
+        None if (known := expected(s)) is None else bool(n == known) for s, n in zip(rows["set"], images)
+    ]
     return pd.Series(whole, rows.index, dtype=object)
 
+# %% ../../nbs/09_report/06_claims.ipynb #8ef7072c
 def measured_rows(
     frame: pd.DataFrame,  # set, method, metric, mean, low, high, n, perhaps seed and undefined: a summary of the stage `evaluate`
     *,
@@ -257,6 +398,7 @@ def measured_rows(
     presets = preset if isinstance(preset, str) else rows["method"].map(preset).fillna("unknown")
     return rows.assign(preset=presets, complete_set=_complete(rows, images, expected))[list(MEASURED)]
 
+# %% ../../nbs/09_report/06_claims.ipynb #3fe9c10f
 def ablation_rows(
     rows: pd.DataFrame,  # of `smfnet.training.ablations.read_rows`, with the configuration ours
     *,
@@ -266,13 +408,25 @@ def ablation_rows(
 ) -> pd.DataFrame:  # columns `MEASURED` and `PAIRED`
     "Rows of an ablation as `verdicts` takes them: means over seeds, and paired differences to the full configuration; a configuration counts as a method."
     printed = published[published["table"].astype(str) == "5"]
-    table = pd.concat([ablation_table(printed, part, list(part["metric"].unique())) for _, part in rows.groupby("set", sort=False)], ignore_index=True)
-    found = table.dropna(subset=["measured"]).rename(columns={"config": "method", "measured": "mean", "n_images": "n"})
-    return found.assign(low=float("nan"), high=float("nan"), preset=preset, complete_set=_complete(found, found["n"], expected))[[*MEASURED, *PAIRED]]
+    table = pd.concat(
+        [
+            ablation_table(printed, part, list(part["metric"].unique()))
+            for _, part in rows.groupby("set", sort=False)
+        ],
+        ignore_index=True,
+    )
+    found = table.dropna(subset=["measured"]).rename(
+        columns={"config": "method", "measured": "mean", "n_images": "n"}
+    )
+    return found.assign(
+        low=float("nan"), high=float("nan"), preset=preset,
+        complete_set=_complete(found, found["n"], expected),
+    )[[*MEASURED, *PAIRED]]
 
 # %% ../../nbs/09_report/06_claims.ipynb #a632cb02
 _COLOURS = {"reproduced": "#c6e2d5", "not reproduced": "#f1c0b9", "not testable": "#e4e4e4"}
 
+# %% ../../nbs/09_report/06_claims.ipynb #20b7192b
 def judge(
     claims: pd.DataFrame,  # of `load_claims`
     fusion: pd.DataFrame,  # of `measured_rows`
@@ -283,19 +437,31 @@ def judge(
 ) -> pd.DataFrame:  # as `verdicts`, in the order of the claims
     "Verdicts on all claims: those about ablations from the ablation, all others from the fused test sets."
     about = claims["kind"] == "ablation"
-    parts = [verdicts(claims[about], ablation, scale, published=published), verdicts(claims[~about], fusion, scale, published=published)]
+    parts = [
+        verdicts(claims[about], ablation, scale, published=published),
+        verdicts(claims[~about], fusion, scale, published=published),
+    ]
     return pd.concat(parts).set_index("id").loc[claims["id"]].reset_index()
 
+# %% ../../nbs/09_report/06_claims.ipynb #9ffa7d85
 def write_verdicts(
     table: pd.DataFrame,  # of `judge` or `verdicts`
     stem: str | Path,  # path without suffix; .csv and .html are written
 ) -> None:
     "Write the verdicts as CSV and as a table for the report."
     cell = lambda text: f"<td>{html.escape(str(text))}</td>"
-    lines = [f"<tr>{cell(r.id)}<td>{html.escape(r.claim)} <small>{html.escape(r.reading)}</small></td>{cell(r.source)}<td style='background:{_COLOURS[r.verdict]}'>{r.verdict}</td>"
-             f"{cell(r.reason)}{cell(r.shows)}{cell(r.in_print)}</tr>" for r in table.itertuples()]
+    lines = [
+        f"<tr>{cell(r.id)}<td>{html.escape(r.claim)} <small>{html.escape(r.reading)}</small></td>{cell(r.source)}<td style='background:{_COLOURS[r.verdict]}'>{r.verdict}</td>"
+        f"{cell(r.reason)}{cell(r.shows)}{cell(r.in_print)}</tr>"
+        for r in table.itertuples()
+    ]
     counts = ", ".join(f"{n} {v}" for v, n in table["verdict"].value_counts().items())
-    head = "".join(f"<th>{h}</th>" for h in ("claim", "in our words", "source", "verdict", "why", "what this run shows", "holds in print"))
+    head = "".join(
+        f"<th>{h}</th>"
+        for h in (
+            "claim", "in our words", "source", "verdict", "why", "what this run shows", "holds in print",
+        )
+    )
     page = f"<p>{len(table)} claims of sections 3 and 4: {counts}.</p><table><tr>{head}</tr>{''.join(lines)}</table>"
     with atomic_path(Path(f"{stem}.csv")) as part: table.to_csv(part, index=False)
     with atomic_path(Path(f"{stem}.html")) as part: part.write_text(page, encoding="utf-8")

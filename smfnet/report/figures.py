@@ -31,17 +31,23 @@ def show_image(
 ) -> Axes:
     "Show an image on the fixed range [0, 1], with an optional marked patch."
     ax.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    if box: ax.add_patch(Rectangle((box[1] - 0.5, box[0] - 0.5), box[3], box[2], fill=False, ec="#de8f05", lw=1.5))
-    ax.set_title(title, fontsize=8); ax.axis("off")
+    if box:
+        ax.add_patch(
+            Rectangle((box[1] - 0.5, box[0] - 0.5), box[3], box[2], fill=False, ec="#de8f05", lw=1.5)
+        )
+    ax.set_title(title, fontsize=8)
+    ax.axis("off")
     return ax
 
+# %% ../../nbs/09_report/01_figures.ipynb #b64c082b
 def _inset(ax: Axes, image: np.ndarray, box: tuple[int, int, int, int]) -> None:
     "The patch, enlarged, in the corner that is farthest from it."
     y, x, h, w = box
     left, low = x + w / 2 > image.shape[1] / 2, y + h / 2 < image.shape[0] / 2
     inset = ax.inset_axes((0.0 if left else 0.55, 0.0 if low else 0.55, 0.45, 0.45))
     inset.imshow(image[y:y + h, x:x + w], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    inset.set_xticks([]); inset.set_yticks([])
+    inset.set_xticks([])
+    inset.set_yticks([])
     for side in inset.spines.values(): side.set(color="#de8f05", linewidth=1.5)
 
 # %% ../../nbs/09_report/01_figures.ipynb #f38aa3c8
@@ -53,11 +59,14 @@ def _grid_axes(rows: Sequence[tuple[str, list[str]]], heights: Sequence[Sequence
     for ax in axes.flat: ax.axis("off")
     return fig, axes
 
+# %% ../../nbs/09_report/01_figures.ipynb #4f1479d8
 def _patch(ax: Axes, image: np.ndarray, box: tuple[int, int, int, int]) -> None:
     "The patch alone, framed."
     y, x, h, w = box
     ax.imshow(image[y:y + h, x:x + w], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    ax.axis("on"); ax.set_xticks([]); ax.set_yticks([])
+    ax.axis("on")
+    ax.set_xticks([])
+    ax.set_yticks([])
     for side in ax.spines.values(): side.set(color="#de8f05", linewidth=1.5)
 
 # %% ../../nbs/09_report/01_figures.ipynb #3210d018
@@ -71,20 +80,35 @@ def image_grid(
 ) -> Figure:  # one row a scene or more, one column a method
     "All methods on the same scenes, with the same magnified patch for each; `InputError` if methods differ."
     methods, boxes = list(next(iter(scenes.values()))), boxes or {}
-    if zoom not in ("inset", "below"): raise InputError(f"zoom: {zoom!r} is unknown; use inset or below")
+    if zoom not in ("inset", "below"):
+        raise InputError(f"zoom: {zoom!r} is unknown; use inset or below")
     for name, images in scenes.items():
-        if list(images) != methods: raise InputError(f"{name}: methods {list(images)} instead of {methods}; give every scene the same")
+        if list(images) != methods:
+            raise InputError(
+                f"{name}: methods {list(images)} instead of {methods}; give every scene the same"
+            )
     n = min(columns or len(methods), len(methods))
     rows = [(scene, methods[i:i + n]) for scene in scenes for i in range(0, len(methods), n)]
-    ratio = {s: np.mean([im.shape[0] / im.shape[1] for im in images.values()]) for s, images in scenes.items()}
-    heights = [[ratio[s], boxes[s][2] / boxes[s][3]] if zoom == "below" and s in boxes else [ratio[s]] for s, _ in rows]
+    ratio = {
+        s: np.mean([im.shape[0] / im.shape[1] for im in images.values()]) for s, images in scenes.items()
+    }
+    heights = [
+        [ratio[s], boxes[s][2] / boxes[s][3]] if zoom == "below" and s in boxes else [ratio[s]]
+        for s, _ in rows
+    ]
     fig, axes = _grid_axes(rows, heights, n, width)
     for i, (scene, names) in enumerate(rows):
         line, box = sum(map(len, heights[:i])), boxes.get(scene)
-        axes[line, 0].text(-0.03, 0.5, scene.replace(" ", "\n", 1), transform=axes[line, 0].transAxes, rotation=90, ha="right", va="center", fontsize=7)
+        axes[line, 0].text(
+            -0.03, 0.5, scene.replace(" ", "\n", 1), transform=axes[line, 0].transAxes, rotation=90,
+            ha="right", va="center", fontsize=7,
+        )
         for ax, below, name in zip(axes[line], axes[min(line + 1, len(axes) - 1)], names):
             show_image(ax, scenes[scene][name], name if i == 0 or n < len(methods) else "", box=box)
-            if box: _inset(ax, scenes[scene][name], box) if zoom == "inset" else _patch(below, scenes[scene][name], box)
+            if box:
+                _inset(ax, scenes[scene][name], box) if zoom == "inset" else _patch(
+                    below, scenes[scene][name], box
+                )
     return fig
 
 # %% ../../nbs/09_report/01_figures.ipynb #6defa0bc
@@ -116,9 +140,16 @@ def metric_bars(
     "Horizontal bars of a metric's mean with 95 % intervals."
     colours = sns.color_palette("colorblind")
     y = np.arange(len(table))[::-1]
-    ax.barh(y, table["mean"], color=[colours[1] if m == highlight else colours[0] for m in table.index], height=0.7)
-    ax.errorbar(table["mean"], y, xerr=[table["mean"] - table["low"], table["high"] - table["mean"]], fmt="none", ecolor="k", elinewidth=1, capsize=2)
-    ax.set_yticks(y, table.index, fontsize=8); ax.set_title(title, fontsize=9)
+    ax.barh(
+        y, table["mean"], color=[colours[1] if m == highlight else colours[0] for m in table.index],
+        height=0.7,
+    )
+    ax.errorbar(
+        table["mean"], y, xerr=[table["mean"] - table["low"], table["high"] - table["mean"]], fmt="none",
+        ecolor="k", elinewidth=1, capsize=2,
+    )
+    ax.set_yticks(y, table.index, fontsize=8)
+    ax.set_title(title, fontsize=9)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
@@ -126,8 +157,12 @@ def metric_bars(
 def _line_style(i: int, method: str, highlight: str | None, dashed: Sequence[str]) -> dict:
     "Ten colours, then ten more with another dash; the highlighted method thick and black."
     if method == highlight: return {"color": "k", "lw": 2.2, "zorder": 5}
-    return {"color": sns.color_palette("colorblind")[i % 10], "lw": 1.2, "ls": "--" if method in dashed else "-" if i < 10 else "-."}
+    return {
+        "color": sns.color_palette("colorblind")[i % 10], "lw": 1.2,
+        "ls": "--" if method in dashed else "-" if i < 10 else "-.",
+    }
 
+# %% ../../nbs/09_report/01_figures.ipynb #282e18b5
 def radar(
     ax: Axes,  # of a polar projection
     table: pd.DataFrame,  # index: method, columns: metrics (higher is better)
@@ -144,9 +179,13 @@ def radar(
     place = {m: i for i, m in enumerate(table.index if order is None else order)}
     for method, row in table.iterrows():
         r = (row / best).clip(lower=0).to_numpy()
-        ax.plot(np.r_[angles, angles[0]], np.r_[r, r[0]], label=method, **_line_style(place[method], method, highlight, dashed))
+        ax.plot(
+            np.r_[angles, angles[0]], np.r_[r, r[0]], label=method,
+            **_line_style(place[method], method, highlight, dashed),
+        )
     ax.set_xticks(angles, [f"{m}\n{best[m]:.3g}" for m in metrics], fontsize=7)
-    ax.set_ylim(0, 1.02); ax.set_yticks([0.5, 1.0], ["½", ""], fontsize=6)
+    ax.set_ylim(0, 1.02)
+    ax.set_yticks([0.5, 1.0], ["½", ""], fontsize=6)
     if legend: ax.legend(loc="upper left", bbox_to_anchor=(1.12, 1.1), fontsize=7)
     return ax
 
@@ -160,11 +199,16 @@ def metric_panels(
     "One panel of bars a metric."
     metrics = list(table.index.unique("metric"))
     rows = -(-len(metrics) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(3.3 * columns, 0.3 * len(table) / len(metrics) * rows + 0.6 * rows), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(3.3 * columns, 0.3 * len(table) / len(metrics) * rows + 0.6 * rows),
+        squeeze=False, layout="constrained",
+    )
     for ax in axes.flat[len(metrics):]: ax.axis("off")
-    for ax, metric in zip(axes.flat, metrics): metric_bars(ax, table.xs(metric, level="metric"), metric, highlight=highlight)
+    for ax, metric in zip(axes.flat, metrics):
+        metric_bars(ax, table.xs(metric, level="metric"), metric, highlight=highlight)
     return fig
 
+# %% ../../nbs/09_report/01_figures.ipynb #97b42f1d
 def radar_figure(
     table: pd.DataFrame,  # index: (method, metric); column mean
 ) -> Figure:
@@ -184,11 +228,20 @@ def radar_pair(
 ) -> Figure:
     "Published and measured methods of one set as two radar plots with common rims; `InputError` without any rows."
     parts = {k: t for k, t in (("published", published), ("measured", measured)) if t is not None and len(t)}
-    if not parts: raise InputError(f"{title}: no rows to draw; give published or measured values")
-    rim, order = pd.concat(parts.values()).max(), list(dict.fromkeys(m for t in parts.values() for m in t.index))
-    fig, axes = plt.subplots(1, len(parts), figsize=(5.6 * len(parts), 4), subplot_kw={"projection": "polar"}, squeeze=False, layout="constrained")
+    if not parts:
+        raise InputError(f"{title}: no rows to draw; give published or measured values")
+    rim, order = (
+        pd.concat(parts.values()).max(),
+        list(dict.fromkeys(m for t in parts.values() for m in t.index)),
+    )
+    fig, axes = plt.subplots(
+        1, len(parts), figsize=(5.6 * len(parts), 4), subplot_kw={"projection": "polar"}, squeeze=False,
+        layout="constrained",
+    )
     for ax, (kind, table) in zip(axes[0], parts.items()):
-        radar(ax, table, rim=rim, highlight=highlight, dashed=dashed, order=order).set_title(f"{title}, {kind}", fontsize=9, pad=22)
+        radar(ax, table, rim=rim, highlight=highlight, dashed=dashed, order=order).set_title(
+            f"{title}, {kind}", fontsize=9, pad=22
+        )
     return fig
 
 # %% ../../nbs/09_report/01_figures.ipynb #9a2544ad
@@ -200,6 +253,7 @@ def smooth(
     kernel = np.ones(min(window, len(values)))
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
+# %% ../../nbs/09_report/01_figures.ipynb #1acc293c
 def learning_curves(
     ax: Axes,
     log: pd.DataFrame,  # step records of a training log
@@ -211,8 +265,13 @@ def learning_curves(
     for colour, name in zip(sns.color_palette("colorblind", len(columns)), columns):
         shown = log[["step", name]].dropna()
         ax.plot(shown["step"], shown[name], color=colour, lw=0.4, alpha=0.4)
-        ax.plot(shown["step"], smooth(shown[name].to_numpy(), window), color=colour, lw=1.5, label=name.removeprefix("term."))
-    ax.set_yscale("log"); ax.set_xlabel("step"); ax.legend(fontsize=7)
+        ax.plot(
+            shown["step"], smooth(shown[name].to_numpy(), window), color=colour, lw=1.5,
+            label=name.removeprefix("term."),
+        )
+    ax.set_yscale("log")
+    ax.set_xlabel("step")
+    ax.legend(fontsize=7)
     return ax
 
 # %% ../../nbs/09_report/01_figures.ipynb #3f185de0
@@ -224,7 +283,8 @@ def save_figure(
 ) -> Path:
     "Write a figure atomically and reproducibly; `InputError` for another format."
     path = Path(path)
-    if path.suffix not in (".png", ".svg"): raise InputError(f"{path}: figures are saved as .png or .svg")
+    if path.suffix not in (".png", ".svg"):
+        raise InputError(f"{path}: figures are saved as .png or .svg")
     metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
     with atomic_path(path) as part, plt.rc_context({"svg.hashsalt": "smfnet"}):
         fig.savefig(part, dpi=dpi, metadata=metadata)

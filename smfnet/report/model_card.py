@@ -32,8 +32,11 @@ def measure_rows(
     rows = {}
     for name, model in methods.items():
         report = fuse_folder(ir=root, vis=root, out=Path(out, name), model=model)
-        if report.problems: raise InputError("; ".join(report.problems.values()))
-        table = evaluate_folder(fused=Path(out, name), ir=find_source(root, "ir"), vis=find_source(root, "vis"), protocol=protocol)
+        if report.problems:
+            raise InputError("; ".join(report.problems.values()))
+        table = evaluate_folder(
+            fused=Path(out, name), ir=find_source(root, "ir"), vis=find_source(root, "vis"), protocol=protocol
+        )
         rows[name] = table.mean()
     return pd.DataFrame(rows).T
 
@@ -44,7 +47,14 @@ def beats(
     rows: Mapping[str, pd.DataFrame],  # set -> means of "ours", "average" and "maximum"
 ) -> pd.Series:  # True or False for each (set, baseline, metric) of `REQUIRED`
     "Where a model is strictly better than the baselines."
-    return pd.Series({(s, b, m): bool(t.loc["ours", m] > t.loc[b, m]) for s, t in rows.items() for b, ms in REQUIRED.items() for m in ms})
+    return pd.Series(
+        {
+            (s, b, m): bool(t.loc["ours", m] > t.loc[b, m])
+            for s, t in rows.items()
+            for b, ms in REQUIRED.items()
+            for m in ms
+        }
+    )
 
 # %% ../../nbs/09_report/02_model_card.ipynb #aa193904
 CARD = """# {name}
@@ -70,8 +80,13 @@ the maximum. So the comparison shows that a goal was met, and is no unbiased est
 
 Made by `nbs/experiments/ship.ipynb`. Licence: research use only. {licence}
 """
-ROADSCENE_LICENCE = "The training data (RoadScene) state no licence, so no permission beyond research can be passed on."
 
+# %% ../../nbs/09_report/02_model_card.ipynb #95281e3b
+ROADSCENE_LICENCE = (
+    "The training data (RoadScene) state no licence, so no permission beyond research can be passed on."
+)
+
+# %% ../../nbs/09_report/02_model_card.ipynb #b2a88700
 def render_card(
     facts: Mapping,  # everything that `CARD` names
     rows: Mapping[str, pd.DataFrame],  # set -> table of means
@@ -83,19 +98,33 @@ def render_card(
         lines += [f"| {m} | {' | '.join(f'{v:.4f}' for v in row)} |" for m, row in table.iterrows()] + [""]
     return CARD.format(tables="\n".join(lines).strip(), **facts)
 
+# %% ../../nbs/09_report/02_model_card.ipynb #b4926851
 def describe(
     phases: Sequence[Trainer],  # in order; each starts from the weights of the one before
     history: Mapping | None = None,  # facts about the weights that the first phase started from
 ) -> dict:  # schedule, recipes, seeds and minutes, for the card
     "What was trained, phase by phase, from the trainers themselves; `InputError` if one is not complete."
-    if not all(t.progress.done for t in phases): raise InputError("the training is not complete; run it to the end before shipping")
-    parts = [" + ".join(f"{t.recipe.epochs[s - 1]} epochs of stage {s}" for s in t.stages) + f" ({t.progress.step} steps of {t.recipe.batch} pairs)" for t in phases]
-    own = {"schedule": ", then ".join(parts), "recipes": "; then ".join(f"`{json.dumps(asdict(t.recipe))}`" for t in phases),
-           "seeds": ", ".join(str(t.seed) for t in phases), "minutes": sum(t.progress.seconds for t in phases) / 60}
+    if not all(t.progress.done for t in phases):
+        raise InputError("the training is not complete; run it to the end before shipping")
+    parts = [
+        " + ".join(f"{t.recipe.epochs[s - 1]} epochs of stage {s}" for s in t.stages)
+        + f" ({t.progress.step} steps of {t.recipe.batch} pairs)"
+        for t in phases
+    ]
+    own = {
+        "schedule": ", then ".join(parts),
+        "recipes": "; then ".join(f"`{json.dumps(asdict(t.recipe))}`" for t in phases),
+        "seeds": ", ".join(str(t.seed) for t in phases),
+        "minutes": sum(t.progress.seconds for t in phases) / 60,
+    }
     if not history: return own
     joints = {"schedule": ", then ", "recipes": "; then ", "seeds": ", "}
-    return {**{k: history[k] + joint + own[k] for k, joint in joints.items()}, "minutes": history["minutes"] + own["minutes"]}
+    return {
+        **{k: history[k] + joint + own[k] for k, joint in joints.items()},
+        "minutes": history["minutes"] + own["minutes"],
+    }
 
+# %% ../../nbs/09_report/02_model_card.ipynb #59272d2c
 def ship(
     phases: Sequence[Trainer],  # complete, in order; the last one holds the weights
     rows: Mapping[str, pd.DataFrame],  # set -> table of means
@@ -109,10 +138,22 @@ def ship(
     "Write weights, card and results."
     last, record = phases[-1], provenance()
     model = last.model.cpu().eval()
-    facts = {"name": name, "preset": name, "parameters": sum(q.numel() for q in model.parameters()), "pairs": len(last.data.pairs),
-             "patches": len(last.data), "patch": last.recipe.patch, "data": last.data.fingerprint(), **describe(phases, history),
-             "revision": "; ".join(filter(None, [(history or {}).get("revision"), training_revision or record["git"]["revision"]])), "torch": record["environment"]["torch"],
-             "device": last.device, "licence": ROADSCENE_LICENCE}
-    model.save(Path(package, f"{name}.safetensors"), **{k: str(facts[k]) for k in ("data", "schedule", "recipes", "seeds", "revision", "licence")})
-    with atomic_path(Path(package, f"{name}.md")) as part: part.write_text(render_card(facts, rows), encoding="utf-8")
-    write_json(results, {"facts": facts, "rows": {k: t.to_dict("index") for k, t in rows.items()}, "provenance": record})
+    facts = {
+        "name": name, "preset": name, "parameters": sum(q.numel() for q in model.parameters()),
+        "pairs": len(last.data.pairs), "patches": len(last.data), "patch": last.recipe.patch,
+        "data": last.data.fingerprint(), **describe(phases, history),
+        "revision": "; ".join(
+            filter(None, [(history or {}).get("revision"), training_revision or record["git"]["revision"]])
+        ),
+        "torch": record["environment"]["torch"], "device": last.device, "licence": ROADSCENE_LICENCE,
+    }
+    model.save(
+        Path(package, f"{name}.safetensors"),
+        **{k: str(facts[k]) for k in ("data", "schedule", "recipes", "seeds", "revision", "licence")},
+    )
+    with atomic_path(Path(package, f"{name}.md")) as part:
+        part.write_text(render_card(facts, rows), encoding="utf-8")
+    write_json(
+        results,
+        {"facts": facts, "rows": {k: t.to_dict("index") for k, t in rows.items()}, "provenance": record},
+    )

@@ -32,6 +32,7 @@ class StageRecord:
     after: tuple[str, ...] = ()  # stages that it waited for
     kept: tuple[Path, ...] = ()  # results of earlier runs that went in, files or folders
 
+# %% ../../nbs/09_report/07_page.ipynb #6a237a56
 def _files(record: StageRecord, *suffixes: str) -> list[Path]:
     "Outputs of these kinds, sorted; each once. A folder inside the stage's own holds images to work on, not to show."
     shown = [o for o in record.outputs if not (o.is_dir() and o.is_relative_to(record.folder))]
@@ -88,6 +89,7 @@ def _depths(records: Sequence[StageRecord]) -> dict[str, int]:
     for r in records: depth[r.name] = 1 + max((depth.get(a, -1) for a in r.after), default=-1)
     return depth
 
+# %% ../../nbs/09_report/07_page.ipynb #1cf101ba
 def draw_graph(
     records: Sequence[StageRecord],  # each after those that it waits for
 ) -> Figure:
@@ -98,11 +100,19 @@ def draw_graph(
     fig, ax = plt.subplots(figsize=(2.1 * (1 + max(depth.values())), 0.42 * rows + 0.5), layout="constrained")
     for r in records:
         x, y = places[r.name]
-        ax.text(x, y, r.name, ha="center", va="center", fontsize=8, zorder=3,
-                bbox={"boxstyle": "round,pad=0.35", "facecolor": COLOURS[r.state], "edgecolor": "#666666", "linewidth": 0.6})
+        ax.text(
+            x, y, r.name, ha="center", va="center", fontsize=8, zorder=3,
+            bbox={
+                "boxstyle": "round,pad=0.35",
+                "facecolor": COLOURS[r.state],
+                "edgecolor": "#666666",
+                "linewidth": 0.6,
+            },
+        )
         for a in (places[n] for n in r.after if n in places):
             ax.plot((a[0], x), (a[1], y), color="#999999", linewidth=0.6, zorder=1)
-    ax.set(xlim=(-0.6, max(depth.values()) + 0.6), ylim=(-rows + 0.4, 0.6)); ax.axis("off")
+    ax.set(xlim=(-0.6, max(depth.values()) + 0.6), ylim=(-rows + 0.4, 0.6))
+    ax.axis("off")
     return fig
 
 # %% ../../nbs/09_report/07_page.ipynb #71c5e0c1
@@ -132,42 +142,66 @@ Python {{ env.python }}, PyTorch {{ env.torch }}, {{ env.cpu_count }} processors
 # %% ../../nbs/09_report/07_page.ipynb #d8060ea9
 def _facts(record: StageRecord) -> list[tuple[str, str]]:
     "What made a stage's results, as lines of a table."
-    made, plain = _read_json(record.folder / "provenance.json"), lambda v: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)
-    if not made: return [("notebook", Path(record.notebook).name), ("record", "none: the stage did not finish")]
+    made, plain = (
+        _read_json(record.folder / "provenance.json"),
+        lambda v: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False),
+    )
+    if not made:
+        return [("notebook", Path(record.notebook).name), ("record", "none: the stage did not finish")]
     git, env = made.get("git", {}), made.get("environment", {})
-    rows = [("notebook", f"{made['notebook']['path']}, sha256 {made['notebook']['sha256'][:16]}…"), ("finished in", f"{made.get('seconds', '?')} s, started {made['time']}"),
-            ("revision", f"{git.get('revision')}{' with uncommitted changes' if git.get('dirty') else ''}"), ("seed", plain(made.get("seed"))),
-            ("environment", ", ".join(f"{k} {v}" for k, v in env.items() if v is not None))]
-    return rows + [(f"parameter {k}", plain(v)) for k, v in made["params"].items()] + [(f"input {k}", f"sha256 {v}") for k, v in made["inputs"].items()]
+    rows = [
+        ("notebook", f"{made['notebook']['path']}, sha256 {made['notebook']['sha256'][:16]}…"),
+        ("finished in", f"{made.get('seconds', '?')} s, started {made['time']}"),
+        ("revision", f"{git.get('revision')}{' with uncommitted changes' if git.get('dirty') else ''}"),
+        ("seed", plain(made.get("seed"))),
+        ("environment", ", ".join(f"{k} {v}" for k, v in env.items() if v is not None)),
+    ]
+    return (
+        rows
+        + [(f"parameter {k}", plain(v)) for k, v in made["params"].items()]
+        + [(f"input {k}", f"sha256 {v}") for k, v in made["inputs"].items()]
+    )
 
+# %% ../../nbs/09_report/07_page.ipynb #4f0bee3f
 def _pictures(record: StageRecord) -> list[Path]:
     "The stage's pictures; of one stored as PNG and as SVG the PNG, the smaller where photographs are in it."
     files = _files(record, *_TYPES)
     return [f for f in files if f.suffix == ".png" or f.with_suffix(".png") not in files]
 
+# %% ../../nbs/09_report/07_page.ipynb #fa49880b
 def _section(record: StageRecord, folder: Path) -> dict:
     "One stage as the page shows it."
     title, summary = notebook_title(record.notebook)
     name = lambda f: f.relative_to(folder).as_posix() if f.is_relative_to(folder) else f.name
     there = record.state in ("done", "stale")
-    return {"name": record.name, "state": record.state, "colour": COLOURS[record.state], "title": title if title.lower() == record.name else f"{title} ({record.name})",
-            "summary": summary, "tables": [_fragment(f) for f in _files(record, ".html")] if there else [],
-            "figures": [(name(f), _embed(f)) for f in _pictures(record)] if there else [], "facts": _facts(record), "kept": kept_remarks(record.kept) if there else []}
+    return {
+        "name": record.name, "state": record.state, "colour": COLOURS[record.state],
+        "title": title if title.lower() == record.name else f"{title} ({record.name})", "summary": summary,
+        "tables": [_fragment(f) for f in _files(record, ".html")] if there else [],
+        "figures": [(name(f), _embed(f)) for f in _pictures(record)] if there else [],
+        "facts": _facts(record), "kept": kept_remarks(record.kept) if there else [],
+    }
 
 # %% ../../nbs/09_report/07_page.ipynb #6f746ef2
 FIRST = ("claims", "table", "figure")  # a reader wants these before the stages that feed them
 
+# %% ../../nbs/09_report/07_page.ipynb #8b215684
 def _notices(records: Sequence[StageRecord], revision: str | None) -> list[str]:
     "What a reader must know before believing the page."
     listed = lambda state: ", ".join(r.name for r in records if r.state == state)
-    words = {"stale": "made from other code, parameters or data than those of this revision, and kept apart: run the reproduction again",
-             "failed": "stopped with an error, see executed.ipynb in its folder", "missing": "not run"}
+    words = {
+        "stale": "made from other code, parameters or data than those of this revision, and kept apart: run the reproduction again",
+        "failed": "stopped with an error, see executed.ipynb in its folder", "missing": "not run",
+    }
     found = [f"{listed(state)}: {text}." for state, text in words.items() if listed(state)]
     made = {r.name: _read_json(r.folder / "provenance.json").get("git", {}).get("revision") for r in records}
     if other := [n for n, v in made.items() if v and v != revision]:
-        found.append(f"{', '.join(other)}: made at another revision ({', '.join(sorted({made[n][:10] for n in other}))}); code and data of these stages have not changed since, unless they are marked stale.")
+        found.append(
+            f"{', '.join(other)}: made at another revision ({', '.join(sorted({made[n][:10] for n in other}))}); code and data of these stages have not changed since, unless they are marked stale."
+        )
     return found
 
+# %% ../../nbs/09_report/07_page.ipynb #0a1ea18c
 def write_report(
     records: Sequence[StageRecord],  # in the order of the plan
     path: str | Path,  # .html file to write
@@ -176,15 +210,27 @@ def write_report(
     notices: Sequence[str] = (),  # what else a reader must know first
 ) -> Path:  # the file
     "Write the page; `InputError` without any stage."
-    if not records: raise InputError("no stages to report; run the reproduction first")
+    if not records:
+        raise InputError("no stages to report; run the reproduction first")
     path, git = Path(path), git_revision()
     graph = path.parent / ".graph.svg"
     fig = draw_graph(records)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(graph); plt.close(fig)
-    rank = lambda r: next((i for i, word in enumerate(FIRST) if r.name.startswith(word) and not r.name.startswith("figures")), len(FIRST))
+    fig.savefig(graph)
+    plt.close(fig)
+    rank = lambda r: next(
+        (i for i, word in enumerate(FIRST) if r.name.startswith(word) and not r.name.startswith("figures")),
+        len(FIRST),
+    )
     stages = [_section(r, path.parent) for r in sorted(records, key=rank)]
-    page = Environment().from_string(PAGE).render(title=title, style=STYLE, git=git, env=environment(), stages=stages, graph=_embed(graph), notices=[*notices, *_notices(records, git["revision"])])
+    page = (
+        Environment()
+        .from_string(PAGE)
+        .render(
+            title=title, style=STYLE, git=git, env=environment(), stages=stages, graph=_embed(graph),
+            notices=[*notices, *_notices(records, git["revision"])],
+        )
+    )
     graph.unlink()
     with atomic_path(path) as part: part.write_text(page, encoding="utf-8")
     return path

@@ -29,37 +29,65 @@ def read_rows(
 ) -> list[tuple[str, dict[str, str]]]:  # ("file, line n", row)
     "Rows of a CSV with exactly these columns; `InputError` for a missing or damaged file, naming file and line."
     path = Path(path)
-    if not path.is_file(): raise InputError(f"{path}: no such file; the published values lie in data/published of the repository")
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such file; the published values lie in data/published of the repository"
+        )
     try:
         with path.open(newline="", encoding="utf-8") as f:
             reader = csv.DictReader(f, strict=True)
-            if tuple(reader.fieldnames or ()) != tuple(columns): raise InputError(f"{path}, line 1: columns {reader.fieldnames}; expected {','.join(columns)}")
+            if tuple(reader.fieldnames or ()) != tuple(columns):
+                raise InputError(f"{path}, line 1: columns {reader.fieldnames}; expected {','.join(columns)}")
             rows = [(f"{path}, line {reader.line_num}", row) for row in reader]
-    except (UnicodeDecodeError, csv.Error) as e: raise InputError(f"{path}: not a CSV file in UTF-8 ({e}); restore it from the repository") from e
-    if not rows: raise InputError(f"{path}: holds no rows; restore it from the repository")
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise InputError(f"{path}: not a CSV file in UTF-8 ({e}); restore it from the repository") from e
+    if not rows:
+        raise InputError(f"{path}: holds no rows; restore it from the repository")
     for where, row in rows:
-        if None in row or None in row.values(): raise InputError(f"{where}: the number of fields is not {len(columns)}; quote texts that hold commas")
+        if None in row or None in row.values():
+            raise InputError(
+                f"{where}: the number of fields is not {len(columns)}; quote texts that hold commas"
+            )
     return rows
 
 # %% ../../nbs/09_report/03_published.ipynb #85e43177
 TABLES = {1: "infrared-visible fusion", 2: "detection", 3: "segmentation", 4: "medical fusion", 5: "ablation"}
 COLUMNS = ("table", "set", "method", "metric", "value", "printed", "source", "note")
 
+# %% ../../nbs/09_report/03_published.ipynb #604b0a79
 def _checked(where: str, row: Mapping[str, str], table: int) -> dict:
     empty = [c for c in COLUMNS[:-1] if not row[c].strip()]
-    if empty: raise InputError(f"{where}: {', '.join(empty)} empty; fill in what the paper prints")
-    if row["table"] != str(table): raise InputError(f"{where}: belongs to table {row['table']}, not {table}; move it to its own file")
-    try: value, printed = float(row["value"]), float(row["printed"])
-    except ValueError: raise InputError(f"{where}: value {row['value']!r} or printed {row['printed']!r} is no number; copy it from the paper") from None
-    if not math.isfinite(value) or value != printed: raise InputError(f"{where}: value {row['value']} is not the printed {row['printed']}; correct one of them")
+    if empty:
+        raise InputError(f"{where}: {', '.join(empty)} empty; fill in what the paper prints")
+    if row["table"] != str(table):
+        raise InputError(f"{where}: belongs to table {row['table']}, not {table}; move it to its own file")
+    try:
+        value, printed = float(row["value"]), float(row["printed"])
+    except ValueError:
+        raise InputError(
+            f"{where}: value {row['value']!r} or printed {row['printed']!r} is no number; copy it from the paper"
+        ) from None
+    if not math.isfinite(value) or value != printed:
+        raise InputError(
+            f"{where}: value {row['value']} is not the printed {row['printed']}; correct one of them"
+        )
     return {**row, "table": table, "value": value}
 
+# %% ../../nbs/09_report/03_published.ipynb #c357a915
 def _check_complete(path: Path, where: Sequence[str], frame: pd.DataFrame) -> None:
     cell = ["set", "method", "metric"]
-    for i in np.flatnonzero(frame.duplicated(cell)): raise InputError(f"{where[i]}: {', '.join(frame.loc[i, cell])} occurs twice; remove one")
+    for i in np.flatnonzero(frame.duplicated(cell)):
+        raise InputError(f"{where[i]}: {', '.join(frame.loc[i, cell])} occurs twice; remove one")
     columns = frame[["set", "metric"]].drop_duplicates()
-    missing = columns.merge(frame[["method"]].drop_duplicates(), how="cross").merge(frame, how="left", on=cell).query("value != value")
-    for row in missing.itertuples(): raise InputError(f"{path}: {row.set}, {row.method}, {row.metric} is missing; a table holds every metric of every method")
+    missing = (
+        columns.merge(frame[["method"]].drop_duplicates(), how="cross")
+        .merge(frame, how="left", on=cell)
+        .query("value != value")
+    )
+    for row in missing.itertuples():
+        raise InputError(
+            f"{path}: {row.set}, {row.method}, {row.metric} is missing; a table holds every metric of every method"
+        )
 
 # %% ../../nbs/09_report/03_published.ipynb #b0c59d9c
 def load_published(
@@ -68,7 +96,8 @@ def load_published(
 ) -> pd.DataFrame:  # one row a printed value, columns `COLUMNS`, in printed order
     "The printed values; `InputError` for an unknown table, a missing file or a broken row, naming file and line."
     if table is None: return pd.concat([load_published(folder, t) for t in TABLES], ignore_index=True)
-    if table not in TABLES: raise InputError(f"table: {table!r} is unknown; the paper has tables {', '.join(map(str, TABLES))}")
+    if table not in TABLES:
+        raise InputError(f"table: {table!r} is unknown; the paper has tables {', '.join(map(str, TABLES))}")
     path = Path(folder, f"table{table}.csv")
     rows = read_rows(path, COLUMNS)
     frame = pd.DataFrame([_checked(where, row, table) for where, row in rows], columns=COLUMNS)
@@ -83,12 +112,15 @@ def wide(
     "One set as the paper prints it; `InputError` for an unknown set or several tables at once."
     sets = list(dict.fromkeys(frame["set"]))
     if set_name is None and len(sets) == 1: set_name = sets[0]
-    if set_name not in sets: raise InputError(f"set: {set_name!r} is not one of {', '.join(sets)}")
+    if set_name not in sets:
+        raise InputError(f"set: {set_name!r} is not one of {', '.join(sets)}")
     part = frame[frame["set"] == set_name]
-    if part.duplicated(["method", "metric"]).any(): raise InputError(f"{set_name}: a method has two values of a metric; give the rows of one table")
+    if part.duplicated(["method", "metric"]).any():
+        raise InputError(f"{set_name}: a method has two values of a metric; give the rows of one table")
     rows, columns = part["method"].unique(), part["metric"].unique()
     return part.pivot(index="method", columns="metric", values="value").loc[rows, columns]
 
+# %% ../../nbs/09_report/03_published.ipynb #3561da24
 def ranks(
     frame: pd.DataFrame,  # tidy: table, set, method, metric, value
 ) -> pd.DataFrame:  # the same with an integer column rank
@@ -119,8 +151,14 @@ def audit_means(
     for method, row in table.iterrows():
         expected = row.drop(mean).mean()
         status = "agrees" if abs(row[mean] - expected) <= slack + 1e-9 else "differs"
-        rows.append({"check": "means", "table": frame["table"].iloc[0], "set": frame["set"].iloc[0], "method": method, "metric": mean, "printed": row[mean],
-                     "expected": round(expected, 5), "status": status, "text": f"mean of {len(row) - 1} classes {expected:.4f}, printed {row[mean]}"})
+        rows.append(
+            {
+                "check": "means", "table": frame["table"].iloc[0], "set": frame["set"].iloc[0],
+                "method": method, "metric": mean, "printed": row[mean], "expected": round(expected, 5),
+                "status": status,
+                "text": f"mean of {len(row) - 1} classes {expected:.4f}, printed {row[mean]}",
+            }
+        )
     return _findings(rows)
 
 # %% ../../nbs/09_report/03_published.ipynb #e24feb2b
@@ -139,8 +177,13 @@ def audit_missing_class(
         implied, slack = classes * row[mean] - shown.sum(), (classes + len(shown)) * h
         status = "agrees" if -slack - 1e-9 <= implied <= 1 + slack + 1e-9 else "differs"
         text = f"implied {implied:.4f} ± {slack:.4f}; the mean over the {len(shown)} printed classes would be {shown.mean():.3f}, not {row[mean]:.3f}"
-        rows.append({"check": "missing class", "table": frame["table"].iloc[0], "set": frame["set"].iloc[0], "method": method, "metric": name,
-                     "printed": math.nan, "expected": round(implied, 5), "status": status, "text": text})
+        rows.append(
+            {
+                "check": "missing class", "table": frame["table"].iloc[0], "set": frame["set"].iloc[0],
+                "method": method, "metric": name, "printed": math.nan, "expected": round(implied, 5),
+                "status": status, "text": text,
+            }
+        )
     return _findings(rows)
 
 # %% ../../nbs/09_report/03_published.ipynb #962b0cdd
@@ -151,9 +194,14 @@ def missing_class_plot(
     "Implied values of the class without a column, with the error that rounding allows."
     slack = findings["text"].str.extract(r"± ([\d.]+)")[0].astype(float)
     y = np.arange(len(findings))[::-1]
-    ax.errorbar(findings["expected"], y, xerr=slack, fmt="o", color=sns.color_palette("colorblind")[0], capsize=3, ms=4)
+    ax.errorbar(
+        findings["expected"], y, xerr=slack, fmt="o", color=sns.color_palette("colorblind")[0], capsize=3,
+        ms=4,
+    )
     ax.axvline(0, color="k", lw=0.8)
-    ax.set_yticks(y, findings["method"], fontsize=8); ax.set_xlabel(f"implied IoU of {findings['metric'].iloc[0].lower()}", fontsize=8); ax.tick_params(axis="x", labelsize=8)
+    ax.set_yticks(y, findings["method"], fontsize=8)
+    ax.set_xlabel(f"implied IoU of {findings['metric'].iloc[0].lower()}", fontsize=8)
+    ax.tick_params(axis="x", labelsize=8)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
@@ -169,24 +217,34 @@ def audit_ablation(
     for row in ablation[ablation["method"] == method].itertuples():
         expected = other.get((row.set, row.metric), math.nan)
         status = "not printed" if math.isnan(expected) else "agrees" if expected == row.value else "differs"
-        rows.append({"check": "ablation", "table": row.table, "set": row.set, "method": method, "metric": row.metric, "printed": row.value,
-                     "expected": expected, "status": status, "text": f"table {row.table} prints {row.value}, table {fusion['table'].iloc[0]} {expected}"})
+        rows.append(
+            {
+                "check": "ablation", "table": row.table, "set": row.set, "method": method,
+                "metric": row.metric, "printed": row.value, "expected": expected, "status": status,
+                "text": f"table {row.table} prints {row.value}, table {fusion['table'].iloc[0]} {expected}",
+            }
+        )
     return _findings(rows)
 
 # %% ../../nbs/09_report/03_published.ipynb #7b440305
 def _split(text: str) -> list[str]:
     return [part for part in text.split(";") if part]
 
+# %% ../../nbs/09_report/03_published.ipynb #417872ef
 def _judge(column: pd.Series, claim: Mapping) -> dict:
     own, target = column.get(claim["method"], math.nan), claim["target"]
     named = [target] if claim["kind"] == "ablation" else _split(claim["against"])
     rivals = (column.reindex(named) if named else column.drop(claim["method"], errors="ignore")).dropna()
-    if math.isnan(own) or len(rivals) < max(1, len(named)): return {"value": own, "rival": "", "rival_value": math.nan, "rank": None, "of": None, "holds": None}
+    if math.isnan(own) or len(rivals) < max(1, len(named)):
+        return {"value": own, "rival": "", "rival_value": math.nan, "rank": None, "of": None, "holds": None}
     ahead = rivals >= own if claim["kind"] == "ablation" else rivals > own
     rank = 1 + int(ahead.sum())
-    return {"value": own, "rival": rivals.idxmax(), "rival_value": rivals.max(), "rank": rank, "of": len(rivals) + 1,
-            "holds": rank <= (1 if claim["kind"] == "ablation" else int(target))}
+    return {
+        "value": own, "rival": rivals.idxmax(), "rival_value": rivals.max(), "rank": rank,
+        "of": len(rivals) + 1, "holds": rank <= (1 if claim["kind"] == "ablation" else int(target)),
+    }
 
+# %% ../../nbs/09_report/03_published.ipynb #7575a412
 def claim_cells(
     claim: Mapping,  # kind, sets, metrics, method, target, against, as in claims.csv; lists are separated by ;
     values: pd.DataFrame,  # tidy: set, method, metric, value; one value a cell
@@ -196,7 +254,9 @@ def claim_cells(
     for key in product(_split(claim["sets"]), _split(claim["metrics"])) if claim["kind"] in ("rank", "ablation") else ():
         part = columns.get_group(key) if key in columns.groups else values[:0]
         rows.append({"set": key[0], "metric": key[1], **_judge(part.set_index("method")["value"], claim)})
-    cells = pd.DataFrame(rows, columns=["set", "metric", "value", "rival", "rival_value", "rank", "of", "holds"])
+    cells = pd.DataFrame(
+        rows, columns=["set", "metric", "value", "rival", "rival_value", "rank", "of", "holds"]
+    )
     return cells.astype({"rank": "Int64", "of": "Int64", "holds": object})
 
 # %% ../../nbs/09_report/03_published.ipynb #606d8ad6
@@ -221,6 +281,7 @@ def describe_cells(
         return f"{c['set']} {c['metric']} {c['value']:.4f}, rank {c['rank']} of {c['of']} (best rival {c['rival']} {c['rival_value']:.4f})"
     return "; ".join(words(c) for c in cells.to_dict("records"))
 
+# %% ../../nbs/09_report/03_published.ipynb #0073a145
 def audit_claims(
     claims: pd.DataFrame,  # of `smfnet.report.claims.load_claims`
     published: pd.DataFrame,  # all tables
@@ -231,9 +292,17 @@ def audit_claims(
         cells = claim_cells(claim, published[published["table"].astype(str) == str(claim["table"])])
         status = {True: "agrees", False: "differs", None: "not printed"}[claim_holds(claim, cells)]
         failing = cells[[c is not True for c in cells["holds"]]]
-        text = f"{claim['id']} {claim['claim']} Holds in {len(cells) - len(failing)} of {len(cells)} cells" + (f"; not in: {describe_cells(failing)}" if len(failing) else "")
-        rows.append({"check": "claims", "table": int(claim["table"]), "set": claim["sets"], "method": claim["method"], "metric": claim["metrics"],
-                     "printed": len(cells) - len(failing), "expected": int(claim["cells_needed"] or len(cells)), "status": status, "text": text})
+        text = (
+            f"{claim['id']} {claim['claim']} Holds in {len(cells) - len(failing)} of {len(cells)} cells"
+            + (f"; not in: {describe_cells(failing)}" if len(failing) else "")
+        )
+        rows.append(
+            {
+                "check": "claims", "table": int(claim["table"]), "set": claim["sets"],
+                "method": claim["method"], "metric": claim["metrics"], "printed": len(cells) - len(failing),
+                "expected": int(claim["cells_needed"] or len(cells)), "status": status, "text": text,
+            }
+        )
     return _findings(rows)
 
 # %% ../../nbs/09_report/03_published.ipynb #5f0d5019
@@ -247,19 +316,30 @@ def robust_z(
     if mad: return 0.6745 * away / mad
     return np.where(away == 0, 0.0, np.copysign(np.inf, away))
 
+# %% ../../nbs/09_report/03_published.ipynb #56b19c1a
 def audit_outliers(
     frame: pd.DataFrame,  # one table
     *,
     limit: float = 3.5,  # of |z|
 ) -> pd.DataFrame:  # a finding for each outlier; `expected` is the median of its column
     "Values that stand far from the other methods in their column."
-    scored = frame.assign(z=frame.groupby(["set", "metric"])["value"].transform(robust_z), median=frame.groupby(["set", "metric"])["value"].transform("median"))
+    scored = frame.assign(
+        z=frame.groupby(["set", "metric"])["value"].transform(robust_z),
+        median=frame.groupby(["set", "metric"])["value"].transform("median"),
+    )
     rows = []
     for r in scored[scored["z"].abs() > limit].itertuples():
-        others = frame[(frame["method"] == r.method) & (frame["metric"] == r.metric) & (frame["set"] != r.set)]
+        others = frame[
+            (frame["method"] == r.method) & (frame["metric"] == r.metric) & (frame["set"] != r.set)
+        ]
         elsewhere = "".join(f", {o.value} on {o.set}" for o in others.itertuples())
-        rows.append({"check": "outliers", "table": r.table, "set": r.set, "method": r.method, "metric": r.metric, "printed": r.value, "expected": r.median,
-                     "status": "odd", "text": f"robust z = {r.z:.1f} against a median of {r.median:.4g}{elsewhere}"})
+        rows.append(
+            {
+                "check": "outliers", "table": r.table, "set": r.set, "method": r.method, "metric": r.metric,
+                "printed": r.value, "expected": r.median, "status": "odd",
+                "text": f"robust z = {r.z:.1f} against a median of {r.median:.4g}{elsewhere}",
+            }
+        )
     return _findings(rows)
 
 # %% ../../nbs/09_report/03_published.ipynb #bd56d88b
@@ -270,11 +350,20 @@ def outlier_map(
     limit: float = 3.5,  # |z| from which a cell is marked
 ) -> Axes:
     "Robust z of every printed value on a fixed range; outliers carry their number."
-    z = frame.assign(z=frame.groupby(["set", "metric"])["value"].transform(robust_z), column=frame["set"] + " " + frame["metric"])
-    z = z.pivot(index="method", columns="column", values="z").loc[frame["method"].unique(), z["column"].unique()]
+    z = frame.assign(
+        z=frame.groupby(["set", "metric"])["value"].transform(robust_z),
+        column=frame["set"] + " " + frame["metric"],
+    )
+    z = z.pivot(index="method", columns="column", values="z").loc[
+        frame["method"].unique(), z["column"].unique()
+    ]
     marks = z.map(lambda v: f"{v:.0f}" if abs(v) > limit else "")
-    sns.heatmap(z.clip(-8, 8), ax=ax, cmap="vlag", vmin=-8, vmax=8, annot=marks, fmt="", annot_kws={"fontsize": 6}, cbar_kws={"label": "robust z"})
-    ax.set(xlabel="", ylabel=""); ax.tick_params(labelsize=7)
+    sns.heatmap(
+        z.clip(-8, 8), ax=ax, cmap="vlag", vmin=-8, vmax=8, annot=marks, fmt="", annot_kws={"fontsize": 6},
+        cbar_kws={"label": "robust z"},
+    )
+    ax.set(xlabel="", ylabel="")
+    ax.tick_params(labelsize=7)
     ax.set_xticks(np.arange(z.shape[1]) + 0.5, z.columns, rotation=90)
     return ax
 
@@ -295,8 +384,13 @@ def audit_scales(
         middle = round((x[cut] + x[cut + 1]) / 2, 4)
         for r in part.itertuples():
             group, low, high = ("upper", x[cut + 1], x[-1]) if r.value > middle else ("lower", x[0], x[cut])
-            rows.append({"check": "scales", "table": r.table, "set": name, "method": r.method, "metric": metric, "printed": r.value, "expected": middle,
-                         "status": "odd", "text": f"{group} group, {low} to {high}; no value between {x[cut]} and {x[cut + 1]}"})
+            rows.append(
+                {
+                    "check": "scales", "table": r.table, "set": name, "method": r.method, "metric": metric,
+                    "printed": r.value, "expected": middle, "status": "odd",
+                    "text": f"{group} group, {low} to {high}; no value between {x[cut]} and {x[cut + 1]}",
+                }
+            )
     return _findings(rows)
 
 # %% ../../nbs/09_report/03_published.ipynb #bc874231
@@ -306,6 +400,9 @@ def audit(
 ) -> pd.DataFrame:  # findings of all audits, columns `FINDING`
     "Every audit below each other."
     table = {t: published[published["table"] == t] for t in TABLES}
-    parts = [audit_means(table[2]), audit_missing_class(table[3]), audit_ablation(table[5], table[1]), audit_claims(claims, published),
-             *(audit_outliers(table[t]) for t in TABLES), *(audit_scales(table[t]) for t in TABLES)]
+    parts = [
+        audit_means(table[2]), audit_missing_class(table[3]), audit_ablation(table[5], table[1]),
+        audit_claims(claims, published), *(audit_outliers(table[t]) for t in TABLES),
+        *(audit_scales(table[t]) for t in TABLES),
+    ]
     return pd.concat([p for p in parts if len(p)], ignore_index=True)

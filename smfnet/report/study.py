@@ -36,6 +36,7 @@ def _registered(name: str):
     try: return find_set(name)
     except InputError: return None
 
+# %% ../../nbs/09_report/08_study.ipynb #d9d72db0
 def set_folders(
     name: str,  # scenes, phantom, a set of the registry, or a folder below `data`
     *,
@@ -45,7 +46,8 @@ def set_folders(
 ) -> SetFolders:
     "Folders of the test part of a set; `InputError` says which parameter or folder is missing."
     own = {"scenes": scenes, "phantom": phantom}
-    if not str(own.get(name, data)): raise InputError(f"{name}: no folder is named; pass {name if name in own else 'data'}=DIR")
+    if not str(own.get(name, data)):
+        raise InputError(f"{name}: no folder is named; pass {name if name in own else 'data'}=DIR")
     if name in own: root = Path(own[name], "test")
     elif known := _registered(name):
         root = Path(data, known.split("test").folder) if "test" in known.splits else Path(data, name, "test")
@@ -82,12 +84,15 @@ def method_folders(
     "All folders of fused images of a set; `InputError` for a name that occurs in both places."
     found = {}
     for place in (Path(p) for p in (fused, others) if str(p)):
-        if not place.is_dir(): raise InputError(f"{place}: no such folder; it should hold <set>/<method>/<stem>.png")
+        if not place.is_dir():
+            raise InputError(f"{place}: no such folder; it should hold <set>/<method>/<stem>.png")
         for folder in sorted(p for p in (place / name).glob("*") if p.is_dir() and not p.name.startswith(".")):
-            if folder.name in found: raise InputError(f"{folder}: the method is in {found[folder.name]} too; rename one of them")
+            if folder.name in found:
+                raise InputError(f"{folder}: the method is in {found[folder.name]} too; rename one of them")
             found[folder.name] = folder
     return found
 
+# %% ../../nbs/09_report/08_study.ipynb #18b1473f
 def other_images(
     others: str | Path,  # as the user named it; "" for the usual place
     data: str | Path,  # folder of real sets
@@ -116,6 +121,7 @@ def _with_variants(folders: Mapping[str, Path], table: pd.DataFrame, variants: S
         table = table.join(other[changed].add_suffix(f"@{protocol}"))
     return table
 
+# %% ../../nbs/09_report/08_study.ipynb #360ca449
 def measure_set(
     place: SetFolders,  # from `set_folders`
     methods: Mapping[str, Path],  # from `method_folders`
@@ -125,14 +131,20 @@ def measure_set(
     workers: int = 1,  # processes, one thread each
 ) -> dict[str, pd.DataFrame]:  # method -> images × metrics
     "Measure every method on every image of a set; `InputError` names a missing, foreign or broken image."
-    if not methods: raise InputError(f"{place.name}: no fused images of this set; run the stage 'fuse', or name a folder with <set>/<method>")
+    if not methods:
+        raise InputError(
+            f"{place.name}: no fused images of this set; run the stage 'fuse', or name a folder with <set>/<method>"
+        )
     tables = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UndefinedWarning)  # the summary counts them
         for method, folder in methods.items():
             folders = {"fused": folder, "ir": place.ir, "vis": place.vis}
-            tables[method] = table = _with_variants(folders, evaluate_folder(**folders, protocol=protocol, workers=workers), variants, workers)
-            if is_medical(place.name): table["black kept"] = [black_kept(**files) for files in match_files(**folders).values()]
+            tables[method] = table = _with_variants(
+                folders, evaluate_folder(**folders, protocol=protocol, workers=workers), variants, workers
+            )
+            if is_medical(place.name):
+                table["black kept"] = [black_kept(**files) for files in match_files(**folders).values()]
     return tables
 
 # %% ../../nbs/09_report/08_study.ipynb #b75e4e7b
@@ -143,7 +155,8 @@ def summarise_sets(
     seeds: Mapping[tuple[str, str], int] | None = None,  # (set, method) -> seed of the training behind it, where there was one
 ) -> pd.DataFrame:  # index (set, method, metric); columns mean, low, high, n, undefined, protocol, origin, seed
     "Means over images with bootstrap intervals, for all methods of all sets."
-    if not tables: raise InputError("sets: nothing was measured; name at least one set that has fused images")
+    if not tables:
+        raise InputError("sets: nothing was measured; name at least one set that has fused images")
     parts = {}
     for key, table in tables.items():
         part = summarise(table)
@@ -157,10 +170,12 @@ def show_pixels(
 ) -> np.ndarray:  # H×W or H×W×3 float32, [0,1]
     "An image as a figure shows it; gray where all channels are equal."
     px = read_pixels(path)
-    if px.full is None: raise InputError(f"{path}: {px.mode} pixels have no natural white; save the image with 8 or 16 bits")
+    if px.full is None:
+        raise InputError(f"{path}: {px.mode} pixels have no natural white; save the image with 8 or 16 bits")
     values = px.values.astype(np.float32) / np.float32(px.full)
     return values[..., 0] if values.ndim == 3 and (values[..., :1] == values).all() else values
 
+# %% ../../nbs/09_report/08_study.ipynb #1db79300
 def scene_images(
     place: SetFolders,  # from `set_folders`
     methods: Mapping[str, Path],  # from `method_folders`
@@ -171,7 +186,8 @@ def scene_images(
     pictures = {}
     for label, folder in {labels[0]: place.ir, labels[1]: place.vis, **{m: f for m, f in methods.items() if m not in ("infrared", "visible")}}.items():
         files = list_images(folder).get(stem, []) if folder.is_dir() else []
-        if len(files) != 1: raise InputError(f"{folder}: {len(files)} images named {stem}.*; there must be one")
+        if len(files) != 1:
+            raise InputError(f"{folder}: {len(files)} images named {stem}.*; there must be one")
         pictures[label] = show_pixels(files[0])
     return pictures
 
@@ -181,13 +197,19 @@ def source_labels(
 ) -> tuple[str, str]:  # of the infrared and the visible side
     "What the two sources of a set are called in a figure."
     if name == "phantom": return "structure", "function"
-    return tuple(_registered(name).sides[s] for s in ("ir", "vis")) if is_medical(name) else ("infrared", "visible")
+    return (
+        tuple(_registered(name).sides[s] for s in ("ir", "vis"))
+        if is_medical(name)
+        else ("infrared", "visible")
+    )
 
+# %% ../../nbs/09_report/08_study.ipynb #33ff0050
 def _order(methods: Mapping[str, Path]) -> dict[str, Path]:
     "Other methods first, then trivial ones, then ours."
     rank = lambda m: 2 if m.startswith("ours") else 1 if m in BASELINES else 0
     return {m: methods[m] for m in sorted(methods, key=lambda m: (rank(m), m.lower()))}
 
+# %% ../../nbs/09_report/08_study.ipynb #acf0b9f4
 def grid_scenes(
     place: SetFolders,  # from `set_folders`
     methods: Mapping[str, Path],  # from `method_folders`
@@ -203,6 +225,7 @@ def grid_scenes(
         key, (a, b) = f"{place.name} {stem}", source_labels(place.name)
         scenes[key] = scene_images(place, _order(methods), stem, (a, b))
         gray = [x if x.ndim == 2 else x @ np.float32(LUMA) for x in (scenes[key][a], scenes[key][b])]
-        if gray[0].shape != gray[1].shape: raise InputError(f"{key}: the sources differ in size; register and crop the pair to one size")
+        if gray[0].shape != gray[1].shape:
+            raise InputError(f"{key}: the sources differ in size; register and crop the pair to one size")
         boxes[key] = salient_box(*gray)
     return scenes, boxes

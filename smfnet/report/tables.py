@@ -37,21 +37,30 @@ TRIVIAL = tuple(name_key(name) for name in BASELINES)
 _MEASURED = ("set", "method", "metric", "mean", "low", "high", "n")
 _PUBLISHED = ("set", "method", "metric", "value")
 
+# %% ../../nbs/09_report/04_tables.ipynb #45c9c199
 def _need(frame: pd.DataFrame, columns: Iterable[str], numbers: Iterable[str], what: str) -> pd.DataFrame:
     "The frame, if it has the columns and its numbers are numbers."
     lacking = [c for c in columns if c not in frame]
-    if lacking: raise InputError(f"{what}: lacks the columns {', '.join(lacking)}; it has {', '.join(map(str, frame.columns))}")
+    if lacking:
+        raise InputError(
+            f"{what}: lacks the columns {', '.join(lacking)}; it has {', '.join(map(str, frame.columns))}"
+        )
     for c in numbers:
-        if not pd.api.types.is_numeric_dtype(frame[c]): raise InputError(f"{what}: column {c} holds text ({frame[c].iloc[0]!r}); it must be numbers")
+        if not pd.api.types.is_numeric_dtype(frame[c]):
+            raise InputError(f"{what}: column {c} holds text ({frame[c].iloc[0]!r}); it must be numbers")
     return frame
 
+# %% ../../nbs/09_report/04_tables.ipynb #8cd26fb8
 def read_summary(
     path: str | Path,  # summary.csv of the stage `evaluate`
 ) -> pd.DataFrame:  # rows, see `measured` above
     "Read a summary; `InputError` for a file that is absent, damaged or lacks a column."
-    try: frame = pd.read_csv(path)
-    except OSError as e: raise InputError(f"{path}: cannot be read ({e.strerror or e}); run the stage 'evaluate'") from e
-    except (ValueError, pd.errors.ParserError) as e: raise InputError(f"{path}: is not a table ({e}); run the stage 'evaluate' again") from e
+    try:
+        frame = pd.read_csv(path)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror or e}); run the stage 'evaluate'") from e
+    except (ValueError, pd.errors.ParserError) as e:
+        raise InputError(f"{path}: is not a table ({e}); run the stage 'evaluate' again") from e
     return _need(frame, _MEASURED, ("mean", "low", "high", "n"), str(path))
 
 # %% ../../nbs/09_report/04_tables.ipynb #bc06dcbb
@@ -62,14 +71,24 @@ def over_seeds(
     keys = ["set", "method", "metric"]
     measured = _need(measured, _MEASURED, ("mean", "low", "high", "n"), "measured")
     measured = measured if "seed" in measured else measured.assign(seed=np.nan)
-    measured = measured[~(measured["seed"].isna() & measured.duplicated())]  # what needs no training is the same in every run
+    measured = measured[
+        ~(measured["seed"].isna() & measured.duplicated())
+    ]  # what needs no training is the same in every run
     doubled = measured[measured.duplicated([*keys, "seed"])]
-    if len(doubled): raise InputError(f"measured: {' '.join(map(str, doubled.iloc[0][keys]))} is there twice; keep one, or give a seed to each")
+    if len(doubled):
+        raise InputError(
+            f"measured: {' '.join(map(str, doubled.iloc[0][keys]))} is there twice; keep one, or give a seed to each"
+        )
     groups = measured.groupby(keys, sort=False)
     alone = measured["seed"].isna() & (groups["mean"].transform("size") > 1)
-    if alone.any(): raise InputError(f"measured: {' '.join(map(str, measured.loc[alone, keys].iloc[0]))} has a row without a seed beside rows with one; name its seed, or leave it out")
+    if alone.any():
+        raise InputError(
+            f"measured: {' '.join(map(str, measured.loc[alone, keys].iloc[0]))} has a row without a seed beside rows with one; name its seed, or leave it out"
+        )
     if (unequal := groups["n"].nunique() > 1).any():
-        raise InputError(f"measured: {' '.join(unequal[unequal].index[0])} has another number of images for another seed; measure the same images")
+        raise InputError(
+            f"measured: {' '.join(unequal[unequal].index[0])} has another number of images for another seed; measure the same images"
+        )
     result = groups.first()
     result["mean"], result["spread"] = groups["mean"].mean(), groups["mean"].std()
     result["n_seeds"] = groups.size()
@@ -83,29 +102,49 @@ def _of_set(frame: pd.DataFrame, name: str, what: str) -> pd.DataFrame:
     rows = rows.assign(key=rows["method"].map(name_key))
     if (doubled := rows[rows.duplicated(["key", "metric"])]).size:
         names = rows.loc[rows["key"] == doubled["key"].iloc[0], "method"].unique()
-        raise InputError(f"{name}: {what} has {doubled['metric'].iloc[0]} of {' and '.join(names)} twice; keep one")
+        raise InputError(
+            f"{name}: {what} has {doubled['metric'].iloc[0]} of {' and '.join(names)} twice; keep one"
+        )
     return rows
 
+# %% ../../nbs/09_report/04_tables.ipynb #717301a4
 def _metric_order(published: pd.DataFrame, measured: pd.DataFrame) -> list[str]:
     return list(dict.fromkeys([*published["metric"], *(m for m in measured["metric"] if "@" not in m)]))
 
+# %% ../../nbs/09_report/04_tables.ipynb #e176fc97
 def _join(published: pd.DataFrame, measured: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     "Outer join on method and metric, in the order published, measured only, trivial."
-    p = published.rename(columns={"value": "published", "note": "published_note"}).assign(name=published["method"].str.replace(r"\[.*\]", "", regex=True))
+    p = published.rename(columns={"value": "published", "note": "published_note"}).assign(
+        name=published["method"].str.replace(r"\[.*\]", "", regex=True)
+    )
     m = measured.rename(columns={"mean": "measured"})
     keep = [c for c in ("key", "metric", "name", "published", "printed", "published_note") if c in p]
     both = p[keep].merge(m.drop(columns="set"), on=["key", "metric"], how="outer")
     both = both[both["metric"].isin(metrics)]
     both["method"] = both["key"].map({**dict(zip(m["key"], m["method"])), **dict(zip(p["key"], p["name"]))})
-    rank = {k: i for i, k in enumerate(dict.fromkeys([*p["key"], *(k for k in m["key"] if k not in TRIVIAL), *TRIVIAL]))}
-    order = both.assign(row=both["key"].map(rank), column=both["metric"].map({n: i for i, n in enumerate(metrics)}))
-    return order.sort_values(["row", "column"], kind="stable").drop(columns=["row", "column", "name"]).reset_index(drop=True)
+    rank = {
+        k: i
+        for i, k in enumerate(
+            dict.fromkeys([*p["key"], *(k for k in m["key"] if k not in TRIVIAL), *TRIVIAL])
+        )
+    }
+    order = both.assign(
+        row=both["key"].map(rank), column=both["metric"].map({n: i for i, n in enumerate(metrics)})
+    )
+    return (
+        order.sort_values(["row", "column"], kind="stable")
+        .drop(columns=["row", "column", "name"])
+        .reset_index(drop=True)
+    )
 
 # %% ../../nbs/09_report/04_tables.ipynb #c0b4a98b
 def _kinds(table: pd.DataFrame) -> pd.Series:
     "What each method is: trivial, both, published or measured."
     has = table.groupby("key")[["published", "measured"]].agg(lambda x: x.notna().any())
-    kind = np.where(has.index.isin(TRIVIAL), "trivial", np.where(has.all(axis=1), "both", np.where(has["published"], "published", "measured")))
+    kind = np.where(
+        has.index.isin(TRIVIAL), "trivial",
+        np.where(has.all(axis=1), "both", np.where(has["published"], "published", "measured")),
+    )
     return table["key"].map(dict(zip(has.index, kind)))
 
 def _ranks(table: pd.DataFrame, column: str, comparable: pd.Series) -> pd.Series:
@@ -127,11 +166,19 @@ def compare_set(
     p = _of_set(_need(published, _PUBLISHED, ("value",), "published"), name, "the published table")
     m = _of_set(over_seeds(measured), name, "the measurement")
     if p.empty and m.empty:
-        raise InputError(f"{name}: neither published nor measured; known are {', '.join(dict.fromkeys([*published['set'], *measured['set']])) or 'none'}")
+        raise InputError(
+            f"{name}: neither published nor measured; known are {', '.join(dict.fromkeys([*published['set'], *measured['set']])) or 'none'}"
+        )
     table = _join(p, m, list(metrics or _metric_order(p, m)))
-    table = table.reindex(columns=[*dict.fromkeys([*table.columns, "printed", "published_note", "protocol", "origin"])])
-    table.insert(0, "set", [*p["set"], *m["set"]][0]); table.insert(2, "kind", _kinds(table))
-    table["difference"], table["n_expected"] = table["measured"] - table["published"], np.nan if expected is None else expected
+    table = table.reindex(
+        columns=[*dict.fromkeys([*table.columns, "printed", "published_note", "protocol", "origin"])]
+    )
+    table.insert(0, "set", [*p["set"], *m["set"]][0])
+    table.insert(2, "kind", _kinds(table))
+    table["difference"], table["n_expected"] = (
+        table["measured"] - table["published"],
+        np.nan if expected is None else expected,
+    )
     table["published_rank"] = _ranks(table, "published", table["published"].notna())
     most = table.loc[table["kind"] != "trivial", "n"].max()
     table["measured_rank"] = _ranks(table, "measured", (table["kind"] != "trivial") & (table["n"] == most))
@@ -152,6 +199,7 @@ def value_groups(
     if len(x) < 2 or (x <= 0).any() or ratio.max() < gap: return [x]
     return [x[:ratio.argmax() + 1], x[ratio.argmax() + 1:]]
 
+# %% ../../nbs/09_report/04_tables.ipynb #ca619dc2
 def group_remarks(
     tables: Iterable[pd.DataFrame],  # from `compare_set`
     metric: str,  # column to look at
@@ -163,7 +211,10 @@ def group_remarks(
         for side in ("published", "measured"):
             groups = value_groups(column[side])
             spans = [f"{g.min():.4f} to {g.max():.4f} ({', '.join(g.index)})" for g in groups if len(g)]
-            if len(groups) == 2: said.append(f"{table['set'].iloc[0]}: {side} {metric} falls into two groups, {spans[0]} and {spans[1]}.")
+            if len(groups) == 2:
+                said.append(
+                    f"{table['set'].iloc[0]}: {side} {metric} falls into two groups, {spans[0]} and {spans[1]}."
+                )
     return said
 
 # %% ../../nbs/09_report/04_tables.ipynb #09a32179
@@ -174,39 +225,75 @@ def trivial_wins(
     found = []
     serious = table[table["kind"] != "trivial"]
     for (metric, name), row in table[(table["kind"] == "trivial") & table["measured"].notna()].set_index(["metric", "method"]).iterrows():
-        record = {"set": row["set"], "metric": metric, "trivial": name, "value": row["measured"], "n": row["n"], "n_expected": row["n_expected"]}
+        record = {
+            "set": row["set"], "metric": metric, "trivial": name, "value": row["measured"], "n": row["n"],
+            "n_expected": row["n_expected"],
+        }
         for side in ("published", "measured"):
             rivals = serious[(serious["metric"] == metric) & serious[side].notna()].set_index("method")[side]
             best = rivals.idxmax() if len(rivals) else None
-            record |= {f"{side}_best": best, f"{side}_value": rivals.get(best, np.nan), f"beats_{side}": bool(len(rivals)) and row["measured"] > rivals.max()}
+            record |= {
+                f"{side}_best": best, f"{side}_value": rivals.get(best, np.nan),
+                f"beats_{side}": bool(len(rivals)) and row["measured"] > rivals.max(),
+            }
         found.append(record)
     return pd.DataFrame(found)
 
+# %% ../../nbs/09_report/04_tables.ipynb #216b29bf
 def worth(
     wins: pd.DataFrame,  # from `trivial_wins`, of any number of sets
 ) -> list[str]:  # sentences, one a set
     "In words: in which columns a trivial row beats every published row."
     said = []
     for name, part in wins.groupby("set", sort=False) if len(wins) else ():
-        if part["published_best"].isna().all(): said.append(f"{name}: no published row to compare the trivial rows with."); continue
+        if part["published_best"].isna().all():
+            said.append(f"{name}: no published row to compare the trivial rows with.")
+            continue
         won = part[part["beats_published"]]
-        cells = [f"{m} ({', '.join(f'{r.trivial} {r.value:.4f}' for r in g.itertuples())} against {g['published_value'].iloc[0]:.4f} of {g['published_best'].iloc[0]})"
-                 for m, g in won.groupby("metric", sort=False)]
-        few = f" Measured on {part['n'].iloc[0]:.0f} of {part['n_expected'].iloc[0]:.0f} images, so this is no statement on the whole set." if part["n"].iloc[0] < part["n_expected"].iloc[0] else ""
-        said.append(f"{name}: a trivial row beats every published row in {'; '.join(cells)}.{few}" if cells else f"{name}: no trivial row beats every published row in any column.{few}")
+        cells = [
+            f"{m} ({', '.join(f'{r.trivial} {r.value:.4f}' for r in g.itertuples())} against {g['published_value'].iloc[0]:.4f} of {g['published_best'].iloc[0]})"
+            for m, g in won.groupby("metric", sort=False)
+        ]
+        few = (
+            f" Measured on {part['n'].iloc[0]:.0f} of {part['n_expected'].iloc[0]:.0f} images, so this is no statement on the whole set."
+            if part["n"].iloc[0] < part["n_expected"].iloc[0]
+            else ""
+        )
+        said.append(
+            f"{name}: a trivial row beats every published row in {'; '.join(cells)}.{few}"
+            if cells
+            else f"{name}: no trivial row beats every published row in any column.{few}"
+        )
     return said
 
 # %% ../../nbs/09_report/04_tables.ipynb #268f638b
 def _value(x: float) -> str: return "" if pd.isna(x) else f"{x:.4f}"
 
+# %% ../../nbs/09_report/04_tables.ipynb #32ca9016
 def _shown(row: pd.Series) -> dict[str, str]:
     "Texts of one cell: published, measured, difference, interval."
     printed = row["printed"] if isinstance(row["printed"], str) else _value(row["published"])
     several = row["n_seeds"] > 1
-    spread = f"± {_value(row['spread'])} ({row['n_seeds']:.0f} seeds)" if several else f"[{_value(row['low'])}, {_value(row['high'])}]" if not pd.isna(row["low"]) else ""
-    signed = "" if pd.isna(row["difference"]) else f"{row['difference']:+.4f}" if abs(row["difference"]) >= 5e-5 else "0.0000"
-    return {"published": printed if not pd.isna(row["published"]) else "", "measured": _value(row["measured"]), "difference": signed, "interval": spread}
+    spread = (
+        f"± {_value(row['spread'])} ({row['n_seeds']:.0f} seeds)"
+        if several
+        else f"[{_value(row['low'])}, {_value(row['high'])}]"
+        if not pd.isna(row["low"])
+        else ""
+    )
+    signed = (
+        ""
+        if pd.isna(row["difference"])
+        else f"{row['difference']:+.4f}"
+        if abs(row["difference"]) >= 5e-5
+        else "0.0000"
+    )
+    return {
+        "published": printed if not pd.isna(row["published"]) else "", "measured": _value(row["measured"]),
+        "difference": signed, "interval": spread,
+    }
 
+# %% ../../nbs/09_report/04_tables.ipynb #955d4958
 def images_text(
     n: float,  # images measured; NaN if none
     expected: float,  # images of the whole split; NaN if unknown
@@ -215,15 +302,20 @@ def images_text(
     if pd.isna(n): return ""
     return f"{n:.0f}" if pd.isna(expected) or n == expected else f"{n:.0f} of {expected:.0f}"
 
+# %% ../../nbs/09_report/04_tables.ipynb #efd01579
 def _methods(table: pd.DataFrame):
     "Name, kind, images, remark and cells of every method."
     for name, part in table.groupby("method", sort=False):
         n, cells = part["n"].max(), {r["metric"]: r for _, r in part.iterrows()}
-        yield name, part["kind"].iloc[0], images_text(n, part["n_expected"].iloc[0]), part["note"].iloc[0], cells
+        yield (
+            name, part["kind"].iloc[0], images_text(n, part["n_expected"].iloc[0]), part["note"].iloc[0],
+            cells,
+        )
 
 # %% ../../nbs/09_report/04_tables.ipynb #e7df9d9d
 _MARK = {1: "**{}**", 2: "<u>{}</u>"}
 
+# %% ../../nbs/09_report/04_tables.ipynb #52ef3119
 def _line(cells: Mapping[str, pd.Series], metrics: Sequence[str], side: str) -> list[str]:
     "One line of a method: its published values, its measured ones, or the differences."
     found = []
@@ -234,17 +326,27 @@ def _line(cells: Mapping[str, pd.Series], metrics: Sequence[str], side: str) -> 
         found.append(f"{text} {_shown(row)['interval']}".strip() if text and side == "measured" else text)
     return found
 
+# %% ../../nbs/09_report/04_tables.ipynb #84b0f944
 def to_markdown(
     table: pd.DataFrame,  # from `compare_set`
 ) -> str:  # a table with up to three lines a method
     "Render one set as Markdown: best bold, second best underlined, within published and within measured values."
     metrics = list(dict.fromkeys(table["metric"]))
-    lines = ["| method | values | images | " + " | ".join(metrics) + " |", "|---|---|---|" + "---|" * len(metrics)]
+    lines = [
+        "| method | values | images | " + " | ".join(metrics) + " |",
+        "|---|---|---|" + "---|" * len(metrics),
+    ]
     for name, kind, images, note, cells in _methods(table):
         for side in ("published", "measured", "difference"):
-            label = name + (" (trivial)" if kind == "trivial" else f" ({note})" if note and side == "measured" else "")
+            label = name + (
+                " (trivial)" if kind == "trivial" else f" ({note})" if note and side == "measured" else ""
+            )
             if any(line := _line(cells, metrics, side)):
-                lines.append(f"| {label} | {side} | {images if side == 'measured' else ''} | " + " | ".join(line) + " |")
+                lines.append(
+                    f"| {label} | {side} | {images if side == 'measured' else ''} | "
+                    + " | ".join(line)
+                    + " |"
+                )
     return "\n".join(lines) + "\n"
 
 # %% ../../nbs/09_report/04_tables.ipynb #e2c806d6
@@ -266,11 +368,26 @@ STYLE = """<style>
 def _html_cell(row: pd.Series | None, above: bool) -> str:
     if row is None: return "<td></td>"
     texts = {k: html.escape(v) for k, v in _shown(row).items()}
-    rank = {side: f" r{row[f'{side}_rank']:.0f}" if row[f"{side}_rank"] in (1, 2) else "" for side in ("published", "measured")}
-    hint = f' title="{html.escape(row["published_note"])}"' if isinstance(row["published_note"], str) and row["published_note"] else ""
-    spans = [f'<span class="p{rank["published"]}"{hint}>{texts["published"]}{"°" if hint else ""}</span>'] if texts["published"] else []
+    rank = {
+        side: f" r{row[f'{side}_rank']:.0f}" if row[f"{side}_rank"] in (1, 2) else ""
+        for side in ("published", "measured")
+    }
+    hint = (
+        f' title="{html.escape(row["published_note"])}"'
+        if isinstance(row["published_note"], str) and row["published_note"]
+        else ""
+    )
+    spans = (
+        [f'<span class="p{rank["published"]}"{hint}>{texts["published"]}{"°" if hint else ""}</span>']
+        if texts["published"]
+        else []
+    )
     if texts["measured"]: spans.append(f'<span class="m{rank["measured"]}">{texts["measured"]}</span>')
-    spans += [f'<span class="{k[0]}">{texts[k]}</span>' for k in ("difference", "interval") if texts["measured"] and texts[k]]
+    spans += [
+        f'<span class="{k[0]}">{texts[k]}</span>'
+        for k in ("difference", "interval")
+        if texts["measured"] and texts[k]
+    ]
     return f"<td{' class=above' if above else ''}>{''.join(spans)}</td>"
 
 # %% ../../nbs/09_report/04_tables.ipynb #e5b92dd0
@@ -280,17 +397,50 @@ def to_html(
 ) -> str:  # a piece of HTML with its own style
     "Render one set as HTML; hints of published cells appear under the pointer and are marked °."
     metrics, wins = list(dict.fromkeys(table["metric"])), trivial_wins(table)
-    above = {(w.trivial, w.metric) for w in wins.itertuples() if w.beats_measured or (w.beats_published and not w.n < w.n_expected)} if len(wins) else set()
-    protocol = ", ".join(dict.fromkeys(p for m, p in zip(table["metric"], table["protocol"]) if isinstance(p, str) and "@" not in m))
-    legend = [f"<b>{html.escape(title or str(table['set'].iloc[0]))}</b>", '<i style="color:#0b5394">published</i>', f"measured{f' (protocol {html.escape(protocol)})' if protocol else ''}",
-              "difference", "[95 % interval of the mean over images] or ± spread over seeds", "best bold and second best underlined, published and measured each by itself",
-              "trivial rows gray, not ranked; amber where one beats every measured method, or every published one on the whole set"]
-    head = "<tr><th>method</th><th>images</th>" + "".join(f"<th>{html.escape(m)}</th>" for m in metrics) + "</tr>"
+    above = (
+        {
+            (w.trivial, w.metric)
+            for w in wins.itertuples()
+            if w.beats_measured or (w.beats_published and not w.n < w.n_expected)
+        }
+        if len(wins)
+        else set()
+    )
+    protocol = ", ".join(
+        dict.fromkeys(
+            p for m, p in zip(table["metric"], table["protocol"]) if isinstance(p, str) and "@" not in m
+        )
+    )
+    legend = [
+        f"<b>{html.escape(title or str(table['set'].iloc[0]))}</b>",
+        '<i style="color:#0b5394">published</i>',
+        f"measured{f' (protocol {html.escape(protocol)})' if protocol else ''}", "difference",
+        "[95 % interval of the mean over images] or ± spread over seeds",
+        "best bold and second best underlined, published and measured each by itself",
+        "trivial rows gray, not ranked; amber where one beats every measured method, or every published one on the whole set",
+    ]
+    head = (
+        "<tr><th>method</th><th>images</th>"
+        + "".join(f"<th>{html.escape(m)}</th>" for m in metrics)
+        + "</tr>"
+    )
     body = []
     for name, kind, images, note, cells in _methods(table):
-        label = html.escape(name) + (" <small>trivial</small>" if kind == "trivial" else "") + (f"<small>measured: {html.escape(note)}</small>" if note else "")
-        body.append(f'<tr class="{kind}"><td>{label}</td><td>{images}</td>' + "".join(_html_cell(cells.get(m), (name, m) in above) for m in metrics) + "</tr>")
-    return f'{STYLE}\n<table class="smfnet-table"><caption>{"; ".join(legend)}</caption>\n{head}\n' + "\n".join(body) + "\n</table>\n"
+        label = (
+            html.escape(name)
+            + (" <small>trivial</small>" if kind == "trivial" else "")
+            + (f"<small>measured: {html.escape(note)}</small>" if note else "")
+        )
+        body.append(
+            f'<tr class="{kind}"><td>{label}</td><td>{images}</td>'
+            + "".join(_html_cell(cells.get(m), (name, m) in above) for m in metrics)
+            + "</tr>"
+        )
+    return (
+        f'{STYLE}\n<table class="smfnet-table"><caption>{"; ".join(legend)}</caption>\n{head}\n'
+        + "\n".join(body)
+        + "\n</table>\n"
+    )
 
 # %% ../../nbs/09_report/04_tables.ipynb #1f70d5af
 def table_sets(
@@ -303,13 +453,19 @@ def table_sets(
     keep = [name_key(s) for s in published["set"]] + [name_key(s) for s in measured["set"] if not skip(s)]
     return [names[k] for k in dict.fromkeys(keep)]
 
+# %% ../../nbs/09_report/04_tables.ipynb #b922ab2f
 def profiles(
     table: pd.DataFrame,  # from `compare_set`
 ) -> dict[str, pd.DataFrame]:  # "published" and "measured": methods × metrics, for a radar plot
     "Both sides of a table as plain tables, on the published columns (on all, if nothing is published)."
-    methods, metrics = dict.fromkeys(table["method"]), list(dict.fromkeys(table.loc[table["published"].notna(), "metric"]))
+    methods, metrics = (
+        dict.fromkeys(table["method"]),
+        list(dict.fromkeys(table.loc[table["published"].notna(), "metric"])),
+    )
     metrics = metrics or list(dict.fromkeys(table["metric"]))
-    wide = {side: table.pivot(index="method", columns="metric", values=side) for side in ("published", "measured")}
+    wide = {
+        side: table.pivot(index="method", columns="metric", values=side) for side in ("published", "measured")
+    }
     return {side: t.reindex(index=methods, columns=metrics).dropna(how="all") for side, t in wide.items()}
 
 # %% ../../nbs/09_report/04_tables.ipynb #f7495c66
@@ -324,9 +480,14 @@ def write_tables(
     foot = "".join(f"<p>{html.escape(r)}</p>\n" for r in remarks)
     parts = {
         ".csv": pd.concat(tables.values(), ignore_index=True).to_csv(index=False),
-        ".md": f"# {title}\n\n" + "\n".join(f"## {name}\n\n{to_markdown(t)}" for name, t in tables.items()) + "".join(f"\n{r}\n" for r in remarks),
+        ".md": f"# {title}\n\n"
+        + "\n".join(f"## {name}\n\n{to_markdown(t)}" for name, t in tables.items())
+        + "".join(f"\n{r}\n" for r in remarks),
         ".html": f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title></head><body>\n<h1>{html.escape(title)}</h1>\n'
-                 + "".join(to_html(t, name) for name, t in tables.items()) + foot + "</body></html>\n"}
+        + "".join(to_html(t, name) for name, t in tables.items())
+        + foot
+        + "</body></html>\n",
+    }
     files = [Path(f"{path}{suffix}") for suffix in parts]
     for file, text in zip(files, parts.values()):
         with atomic_path(file) as part: part.write_text(text, encoding="utf-8")
@@ -343,7 +504,11 @@ def image_remarks(
     said = []
     for table in tables:
         name, expected, n = table["set"].iloc[0], table["n_expected"].iloc[0], table["n"].max()
-        numbers = {"measured here": n, "in the public test split": expected, "stated by the paper": stated.get(name_key(name), np.nan)}
+        numbers = {
+            "measured here": n, "in the public test split": expected,
+            "stated by the paper": stated.get(name_key(name), np.nan),
+        }
         known = {k: int(v) for k, v in numbers.items() if not pd.isna(v)}
-        if len(set(known.values())) > 1: said.append(f"{name}: images {', '.join(f'{k} {v}' for k, v in known.items())}.")
+        if len(set(known.values())) > 1:
+            said.append(f"{name}: images {', '.join(f'{k} {v}' for k, v in known.items())}.")
     return said

@@ -21,20 +21,31 @@ from ..core.provenance import atomic_path
 # %% ../../nbs/08_tasks/08_comparison.ipynb #5522b7fa
 KEYS = {"segmentation": "mIoU", "detection": "mAP"}  # task -> its one number
 
+# %% ../../nbs/08_tasks/08_comparison.ipynb #8fdf3a74
 def result_files(
     pattern: str | Path,  # folders of a task's stage, one an input, such as runs/full/segmentation-*
 ) -> dict[str, Path]:  # input -> its images.npz
     "Results that are at hand, by the input that they are named after; `InputError` if there are none."
     start = Path(pattern).name.split("*")[0]
-    found = {Path(f).name.removeprefix(start): Path(f, "images.npz") for f in sorted(glob(str(pattern))) if Path(f, "images.npz").is_file()}
-    if not found: raise InputError(f"{pattern}: no folder there holds an images.npz; run the stage {start.rstrip('-') or 'segmentation or detection'} first")
+    found = {
+        Path(f).name.removeprefix(start): Path(f, "images.npz")
+        for f in sorted(glob(str(pattern)))
+        if Path(f, "images.npz").is_file()
+    }
+    if not found:
+        raise InputError(
+            f"{pattern}: no folder there holds an images.npz; run the stage {start.rstrip('-') or 'segmentation or detection'} first"
+        )
     return found
 
+# %% ../../nbs/08_tasks/08_comparison.ipynb #2425f3f7
 def _paired(task: str):
-    if task not in KEYS: raise InputError(f"task: {task!r} is unknown; choose one of {', '.join(KEYS)}")
+    if task not in KEYS:
+        raise InputError(f"task: {task!r} is unknown; choose one of {', '.join(KEYS)}")
     from smfnet.tasks import detection, segmentation  # both need libraries that only the tasks use
     return {"segmentation": segmentation.paired, "detection": detection.paired}[task]
 
+# %% ../../nbs/08_tasks/08_comparison.ipynb #f05f6bc6
 def compare_inputs(
     folders: Mapping[str, str],  # task -> pattern, see `result_files`
     pairs: Sequence[Sequence[str]],  # (input, the one it is compared with)
@@ -46,37 +57,57 @@ def compare_inputs(
     for task, pattern in folders.items():
         paired, files = _paired(task), result_files(pattern)
         for input, against in pairs:
-            if lacking := [n for n in (input, against) if n not in files]: raise InputError(f"{pattern}: no results of {', '.join(lacking)}; there are {', '.join(files)}")
+            if lacking := [n for n in (input, against) if n not in files]:
+                raise InputError(
+                    f"{pattern}: no results of {', '.join(lacking)}; there are {', '.join(files)}"
+                )
             part = paired(files[against], files[input], resamples=resamples)
             parts.append(part[part["metric"] == KEYS[task]].assign(task=task, input=input, against=against))
     table = pd.concat(parts, ignore_index=True)
     return table[["task", "input", "against", *table.columns.drop(["task", "input", "against"])]]
 
 # %% ../../nbs/08_tasks/08_comparison.ipynb #89fdd45c
-DIFFERENCES = ("task", "input", "against", "kind", "metric", "a", "b", "difference", "low", "high", "spread", "n_images", "n_seeds")
+DIFFERENCES = (
+    "task", "input", "against", "kind", "metric", "a", "b", "difference", "low", "high", "spread",
+    "n_images", "n_seeds",
+)
 
+# %% ../../nbs/08_tasks/08_comparison.ipynb #05cab8fe
 def verdict_words(
     table: pd.DataFrame,  # columns `DIFFERENCES`
 ) -> list[str]:  # one sentence a row
     "Better, worse, or not told apart, with the numbers."
     said = []
     for r in table.itertuples():
-        word = "not told apart from" if not (r.low > 0 or r.high < 0) else "better than" if r.difference > 0 else "worse than"
+        word = (
+            "not told apart from"
+            if not (r.low > 0 or r.high < 0)
+            else "better than"
+            if r.difference > 0
+            else "worse than"
+        )
         where = "all scenes" if r.kind == "all" else f"{r.kind} scenes"
         seeds = f"{r.n_seeds} seeds, spread {r.spread:.3f}" if r.n_seeds > 1 else "one seed"
-        said.append(f"{r.task.capitalize()}, {where} ({r.n_images} images, {seeds}): {r.input} is {word} {r.against}, {r.metric} {r.b:.3f} against {r.a:.3f}, "
-                    f"difference {r.difference:+.3f} [{r.low:+.3f}, {r.high:+.3f}].")
+        said.append(
+            f"{r.task.capitalize()}, {where} ({r.n_images} images, {seeds}): {r.input} is {word} {r.against}, {r.metric} {r.b:.3f} against {r.a:.3f}, "
+            f"difference {r.difference:+.3f} [{r.low:+.3f}, {r.high:+.3f}]."
+        )
     return said
 
+# %% ../../nbs/08_tasks/08_comparison.ipynb #8de05435
 def read_differences(
     path: str | Path,  # differences.csv
 ) -> pd.DataFrame:  # columns `DIFFERENCES`
     "Differences of an earlier run; `InputError` for a file that holds none."
-    try: table = pd.read_csv(path)
-    except (OSError, ValueError) as e: raise InputError(f"{path}: cannot be read as differences ({e}); run the notebook downstream") from e
-    if lacking := [c for c in DIFFERENCES if c not in table]: raise InputError(f"{path}: lacks the columns {', '.join(lacking)}; run the notebook downstream again")
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: cannot be read as differences ({e}); run the notebook downstream") from e
+    if lacking := [c for c in DIFFERENCES if c not in table]:
+        raise InputError(f"{path}: lacks the columns {', '.join(lacking)}; run the notebook downstream again")
     return table
 
+# %% ../../nbs/08_tasks/08_comparison.ipynb #85f9bc3f
 def write_differences(
     table: pd.DataFrame,  # columns `DIFFERENCES`
     path: str | Path,  # without suffix; .csv and .html are written
@@ -95,14 +126,25 @@ def draw_differences(
     "Differences and intervals, a column a task and a row a pair of inputs."
     tasks, kinds = list(dict.fromkeys(table["task"])), list(dict.fromkeys(table["kind"]))
     pairs = list(dict.fromkeys(zip(table["input"], table["against"])))
-    fig, axes = plt.subplots(1, len(tasks), figsize=(2 + 3.6 * len(tasks), 1 + 0.62 * len(pairs)), squeeze=False, sharey=True, layout="constrained")
+    fig, axes = plt.subplots(
+        1, len(tasks), figsize=(2 + 3.6 * len(tasks), 1 + 0.62 * len(pairs)), squeeze=False, sharey=True,
+        layout="constrained",
+    )
     colours = dict(zip(kinds, ("black", "#e69f00", "#0072b2", "#cc79a7", "#999999", "#009e73")))
     for ax, task in zip(axes[0], tasks):
         for r in table[table["task"] == task].itertuples():
             y = pairs.index((r.input, r.against)) + 0.13 * (kinds.index(r.kind) - (len(kinds) - 1) / 2)
             ax.plot([r.low, r.high], [y, y], color=colours[r.kind], lw=2.5 if r.kind == "all" else 1.2)
-            ax.plot(r.difference, y, "o", color=colours[r.kind], ms=6 if r.kind == "all" else 4, label=r.kind if (r.input, r.against) == pairs[0] else None)
-        ax.axvline(0, color="#555", lw=0.8); ax.set(title=task, xlabel=f"difference in {table.loc[table['task'] == task, 'metric'].iloc[0]}")
+            ax.plot(
+                r.difference, y, "o", color=colours[r.kind], ms=6 if r.kind == "all" else 4,
+                label=r.kind if (r.input, r.against) == pairs[0] else None,
+            )
+        ax.axvline(0, color="#555", lw=0.8)
+        ax.set(title=task, xlabel=f"difference in {table.loc[table['task'] == task, 'metric'].iloc[0]}")
         ax.grid(axis="x", color="#ddd", lw=0.6)
-    axes[0, 0].set_yticks(range(len(pairs)), [f"{a} − {b}" for a, b in pairs]); axes[0, 0].invert_yaxis(); axes[0, -1].legend(fontsize=8, title="scenes", title_fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[0, 0].set_yticks(range(len(pairs)), [f"{a} − {b}" for a, b in pairs])
+    axes[0, 0].invert_yaxis()
+    axes[0, -1].legend(
+        fontsize=8, title="scenes", title_fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5)
+    )
     return fig

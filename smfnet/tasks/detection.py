@@ -42,13 +42,19 @@ def thumbnails(
     pairs: PairSet,
 ) -> np.ndarray:  # n×2×432, each row of mean 0 and length 1
     "Small versions of both sides of every pair."
-    return np.stack([np.stack([_thumbnail(side) for side in (p.vis, p.ir)]) for p in pairs]) if len(pairs) else np.zeros((0, 2, 432))
+    return (
+        np.stack([np.stack([_thumbnail(side) for side in (p.vis, p.ir)]) for p in pairs])
+        if len(pairs)
+        else np.zeros((0, 2, 432))
+    )
 
+# %% ../../nbs/08_tasks/05_detection.ipynb #13fe2d45
 def _thumbnail(image: np.ndarray) -> np.ndarray:
     small = np.asarray(Image.fromarray(image).resize((24, 18), Image.Resampling.BOX), np.float64).ravel()
     small = small - small.mean()
     return small / max(np.linalg.norm(small), 1e-12)
 
+# %% ../../nbs/08_tasks/05_detection.ipynb #00efd03a
 def likeness(
     a: np.ndarray,  # n×2×432, from `thumbnails`
     b: np.ndarray,  # m×2×432
@@ -65,17 +71,22 @@ def scene_groups(
     "Pictures that are joined by a chain of near duplicates."
     small = thumbnails(pairs)
     i, j = np.nonzero(likeness(small, small) >= similar)
-    return connected_components(coo_matrix((np.ones(len(i)), (i, j)), shape=(len(pairs),) * 2), directed=False)[1]
+    return connected_components(
+        coo_matrix((np.ones(len(i)), (i, j)), shape=(len(pairs),) * 2), directed=False
+    )[1]
 
+# %% ../../nbs/08_tasks/05_detection.ipynb #268a8646
 def only(
     pairs: PairSet,
     stems: Iterable[str],  # which pairs to keep
 ) -> PairSet:  # in the order of `pairs`; shares its memory
     "A part of a set."
-    wanted, part = set(stems), PairSet((), name=pairs.name, split=pairs.split, notes=pairs.notes, problems=pairs.problems)
+    wanted, part = (
+        set(stems),
+        PairSet((), name=pairs.name, split=pairs.split, notes=pairs.notes, problems=pairs.problems),
+    )
     part.cache, part.pairs = pairs.cache, [p for p in pairs if p.stem in wanted]
     return part
-
 
 # %% ../../nbs/08_tasks/05_detection.ipynb #5665c033
 def split_scenes(
@@ -92,9 +103,12 @@ def split_scenes(
     parts = [[], [], []]
     for g in np.random.Generator(np.random.PCG64(seed)).permutation(len(members)):
         k = int(np.argmax((wanted - got) / wanted))  # the part that lacks most
-        parts[k] += [pairs[int(i)].stem for i in members[g]]; got[k] += len(members[g])
+        parts[k] += [pairs[int(i)].stem for i in members[g]]
+        got[k] += len(members[g])
     if min(got) == 0 or abs(got - wanted).max() > max(2.0, 0.1 * len(pairs)):
-        raise InputError(f"{pairs!r}: its {len(members)} scenes (largest: {max(map(len, members))} pictures) cannot be divided {':'.join(map(str, shares))}; raise similar={similar} or add pictures")
+        raise InputError(
+            f"{pairs!r}: its {len(members)} scenes (largest: {max(map(len, members))} pictures) cannot be divided {':'.join(map(str, shares))}; raise similar={similar} or add pictures"
+        )
     return {name: only(pairs, stems) for name, stems in zip(("train", "val", "test"), parts)}
 
 # %% ../../nbs/08_tasks/05_detection.ipynb #0e7293d9
@@ -111,8 +125,10 @@ def check_leaks(
             alike = likeness(small[a], small[b])
             if not (bad := np.argwhere(alike >= similar)).size: continue
             m, n = bad[0]
-            raise InputError(f"{a} and {b} share {len(bad)} scene(s), such as {parts[a][m].stem} and {parts[b][n].stem} (likeness {alike[m, n]:.3f}); "
-                             "move near duplicates into one part, or use split_scenes")
+            raise InputError(
+                f"{a} and {b} share {len(bad)} scene(s), such as {parts[a][m].stem} and {parts[b][n].stem} (likeness {alike[m, n]:.3f}); "
+                "move near duplicates into one part, or use split_scenes"
+            )
 
 # %% ../../nbs/08_tasks/05_detection.ipynb #57b3ac3a
 @dataclass(frozen=True)
@@ -130,11 +146,14 @@ class DetectorConfig:
     anchor: float = 4.0  # side of an anchor, in strides
     candidates: int = 9  # anchors a level among which an object chooses
     giou: float = 2.0  # weight of the box loss
-    zoom: float = 1.0  # least side of the random window that training sees, share of the picture; 1: all of it
+    zoom: float = (
+        1.0  # least side of the random window that training sees, share of the picture; 1: all of it
+    )
     most: int = 100  # detections a picture
 
     def __post_init__(self):
-        for name in ("classes", "widths", "depths"): object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("classes", "widths", "depths"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         _check_detector(self)
 
     def stored(self) -> dict:  # plain values
@@ -149,23 +168,40 @@ class DetectorConfig:
 # %% ../../nbs/08_tasks/05_detection.ipynb #65035f66
 def _check_detector(c) -> None:
     "Raise `InputError` for the first field out of range."
-    if len(c.widths) != len(c.depths) or not c.widths: raise InputError(f"widths, depths: {len(c.widths)} and {len(c.depths)} numbers; give one a stage each")
-    if not 1 <= c.first <= len(c.widths): raise InputError(f"first: {c.first!r}; give a stage between 1 and {len(c.widths)}")
-    if c.pyramid % 8 or c.pyramid < 8: raise InputError(f"pyramid: {c.pyramid!r}; give a multiple of 8")
-    if not 1 <= c.heads <= 4: raise InputError(f"heads: {c.heads!r}; give 1 to 4")
-    if c.block not in ("basic", "bottleneck"): raise InputError(f"block: {c.block!r} is unknown; choose basic or bottleneck")
-    if not 0.1 <= c.zoom <= 1: raise InputError(f"zoom: {c.zoom!r}; give a share between 0.1 and 1")
-    if not c.classes or len({n.casefold() for n in c.classes}) < len(c.classes): raise InputError("classes: give at least one name, each once")
+    if len(c.widths) != len(c.depths) or not c.widths:
+        raise InputError(
+            f"widths, depths: {len(c.widths)} and {len(c.depths)} numbers; give one a stage each"
+        )
+    if not 1 <= c.first <= len(c.widths):
+        raise InputError(f"first: {c.first!r}; give a stage between 1 and {len(c.widths)}")
+    if c.pyramid % 8 or c.pyramid < 8:
+        raise InputError(f"pyramid: {c.pyramid!r}; give a multiple of 8")
+    if not 1 <= c.heads <= 4:
+        raise InputError(f"heads: {c.heads!r}; give 1 to 4")
+    if c.block not in ("basic", "bottleneck"):
+        raise InputError(f"block: {c.block!r} is unknown; choose basic or bottleneck")
+    if not 0.1 <= c.zoom <= 1:
+        raise InputError(f"zoom: {c.zoom!r}; give a share between 0.1 and 1")
+    if not c.classes or len({n.casefold() for n in c.classes}) < len(c.classes):
+        raise InputError("classes: give at least one name, each once")
 
-DETECTORS = {"paper": DetectorConfig(),
-             "tiny": DetectorConfig(stem=16, widths=(16, 32, 64), depths=(1, 1, 1), block="basic", first=1, pyramid=48, heads=1, anchor=2.0, candidates=4)}
+# %% ../../nbs/08_tasks/05_detection.ipynb #6ff99a3d
+DETECTORS = {
+    "paper": DetectorConfig(),
+    "tiny": DetectorConfig(
+        stem=16, widths=(16, 32, 64), depths=(1, 1, 1), block="basic", first=1, pyramid=48, heads=1,
+        anchor=2.0, candidates=4,
+    ),
+}
 
+# %% ../../nbs/08_tasks/05_detection.ipynb #8f433baf
 def detector_config(
     preset: str = "tiny",  # a key of `DETECTORS`
     **overrides,  # fields of `DetectorConfig` to replace
 ) -> DetectorConfig:
     "The configuration of a preset with fields replaced; `InputError` for unknown names."
-    if preset not in DETECTORS: raise InputError(f"preset: {preset!r} is unknown; choose one of {', '.join(DETECTORS)}")
+    if preset not in DETECTORS:
+        raise InputError(f"preset: {preset!r} is unknown; choose one of {', '.join(DETECTORS)}")
     return change(DETECTORS[preset], **overrides)
 
 # %% ../../nbs/08_tasks/05_detection.ipynb #636c0704
@@ -178,9 +214,16 @@ def _parts():
         from monai.losses import FocalLoss
         from monai.losses.giou_loss import BoxGIoULoss
         from monai.networks.blocks.feature_pyramid_network import FeaturePyramidNetwork
-    except ImportError as e: raise InputError(f"detection needs the packages transformers and monai ({e}); run: pip install 'smfnet[downstream]'") from e
-    return transformers, retinanet_detector.RetinaNetDetector, retinanet_network.RetinaNet, AnchorGenerator, FocalLoss, BoxGIoULoss, FeaturePyramidNetwork
+    except ImportError as e:
+        raise InputError(
+            f"detection needs the packages transformers and monai ({e}); run: pip install 'smfnet[downstream]'"
+        ) from e
+    return (
+        transformers, retinanet_detector.RetinaNetDetector, retinanet_network.RetinaNet, AnchorGenerator,
+        FocalLoss, BoxGIoULoss, FeaturePyramidNetwork,
+    )
 
+# %% ../../nbs/08_tasks/05_detection.ipynb #b4140cc1
 class Pyramid(nn.Module):
     "A ResNet and a feature pyramid on its stages."
     def __init__(
@@ -189,14 +232,18 @@ class Pyramid(nn.Module):
     ):
         super().__init__()
         t, network, self.out_channels = _parts()[0], _parts()[-1], c.pyramid
-        self.body = t.AutoBackbone.from_config(t.ResNetConfig(num_channels=c.channels, embedding_size=c.stem, hidden_sizes=list(c.widths), depths=list(c.depths),
-                                                              layer_type=c.block, out_features=[f"stage{i + 1}" for i in range(c.first - 1, len(c.widths))]))
+        self.body = t.AutoBackbone.from_config(
+            t.ResNetConfig(
+                num_channels=c.channels, embedding_size=c.stem, hidden_sizes=list(c.widths),
+                depths=list(c.depths), layer_type=c.block,
+                out_features=[f"stage{i + 1}" for i in range(c.first - 1, len(c.widths))],
+            )
+        )
         self.fpn = network(2, list(c.widths[c.first - 1:]), c.pyramid)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         "Features of each level, finest first."
         return self.fpn({str(i): f for i, f in enumerate(self.body(x).feature_maps)})
-
 
 # %% ../../nbs/08_tasks/05_detection.ipynb #420fea55
 class FocalSum(nn.Module):
@@ -216,24 +263,35 @@ class Detections(NamedTuple):
     scores: np.ndarray  # N float32, [0,1]
     labels: np.ndarray  # N int64, index into the classes
 
+# %% ../../nbs/08_tasks/05_detection.ipynb #ae47b862
 def _retinanet(c: DetectorConfig) -> nn.Module:
     "MONAI's detector with one anchor a place and the ATSS matcher."
     _, detector, network, anchors, _, giou, _ = _parts()
     net = network(2, len(c.classes), 1, Pyramid(c), size_divisible=c.strides[-1])
     for head in (net.classification_head, net.regression_head): head.conv = head.conv[:3 * c.heads]
-    found = detector(net, anchors(tuple((round(c.anchor * s),) for s in c.strides), ((1.0,),) * len(c.strides)))
+    found = detector(
+        net, anchors(tuple((round(c.anchor * s),) for s in c.strides), ((1.0,),) * len(c.strides))
+    )
     found.set_atss_matcher(c.candidates, center_in_gt=False)
-    found.compute_anchor_matched_idxs = lambda anchors, targets, counts: [_choices(found, *both, counts) for both in zip(anchors, targets)]
-    found.set_cls_loss(FocalSum()); found.set_box_regression_loss(giou(reduction="mean"), encode_gt=False, decode_pred=True)
+    found.compute_anchor_matched_idxs = lambda anchors, targets, counts: [
+        _choices(found, *both, counts) for both in zip(anchors, targets)
+    ]
+    found.set_cls_loss(FocalSum())
+    found.set_box_regression_loss(giou(reduction="mean"), encode_gt=False, decode_pred=True)
     found.set_target_keys("boxes", "labels")
-    found.set_box_selector_parameters(score_thresh=0.01, topk_candidates_per_level=300, nms_thresh=0.5, detections_per_img=c.most)
+    found.set_box_selector_parameters(
+        score_thresh=0.01, topk_candidates_per_level=300, nms_thresh=0.5, detections_per_img=c.most
+    )
     return found
 
+# %% ../../nbs/08_tasks/05_detection.ipynb #c234d232
 def _choices(detector, anchors: Tensor, target: dict, counts: list[int]) -> Tensor:
     "The object of each anchor, or -1."
-    if not len(target["boxes"]): return torch.full((len(anchors),), -1, dtype=torch.int64, device=anchors.device)
+    if not len(target["boxes"]):
+        return torch.full((len(anchors),), -1, dtype=torch.int64, device=anchors.device)
     return detector.proposal_matcher(target["boxes"], anchors, counts, 1)[1]
 
+# %% ../../nbs/08_tasks/05_detection.ipynb #43235395
 class Detector(TaskNetwork):
     "RetinaNet (Lin et al. 2017) on a ResNet."
     word, format, configuration = "detector", "smfnet-detector-1", DetectorConfig
@@ -252,11 +310,17 @@ def zoomed(
     least: float,  # least side of the window, share of the picture
 ) -> tuple[Tensor, Tensor, Tensor]:  # of the same shapes
     "A random window of each picture, enlarged."
-    b, size = len(image), torch.tensor([image.shape[3], image.shape[2]], device=image.device, dtype=boxes.dtype)
+    b, size = (
+        len(image),
+        torch.tensor([image.shape[3], image.shape[2]], device=image.device, dtype=boxes.dtype),
+    )
     side = (least + (1 - least) * torch.rand(b, 1)).to(boxes)
     corner = (1 - side) * torch.rand(b, 2).to(boxes)
     theta = torch.cat([torch.diag_embed(side.expand(b, 2)), (2 * corner + side - 1)[..., None]], 2).to(image)
-    image = F.grid_sample(image, F.affine_grid(theta, list(image.shape), align_corners=False), padding_mode="border", align_corners=False)
+    image = F.grid_sample(
+        image, F.affine_grid(theta, list(image.shape), align_corners=False), padding_mode="border",
+        align_corners=False,
+    )
     moved = ((boxes.view(b, -1, 2, 2) / size - corner[:, None, None]) / side[:, None, None])
     inside = ((moved.mean(2) >= 0) & (moved.mean(2) < 1)).all(-1)
     return image, (moved.clamp(0, 1) * size).view(b, -1, 4), torch.where(inside, labels, -1)
@@ -269,13 +333,15 @@ def loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # total and detached terms
     "Focal loss and generalised IoU of a batch, in training mode."
     image, boxes, labels = batch["image"], batch["boxes"], batch["labels"]
-    if boxes.shape[:2] != labels.shape or len(boxes) != len(image): raise InputError(f"boxes {tuple(boxes.shape)} and labels {tuple(labels.shape)} do not belong to {len(image)} images")
+    if boxes.shape[:2] != labels.shape or len(boxes) != len(image):
+        raise InputError(
+            f"boxes {tuple(boxes.shape)} and labels {tuple(labels.shape)} do not belong to {len(image)} images"
+        )
     if self.config.zoom < 1: image, boxes, labels = zoomed(image, boxes, labels, self.config.zoom)
     targets = [{"boxes": b[k >= 0][:, [1, 0, 3, 2]], "labels": k[k >= 0]} for b, k in zip(boxes, labels)]
     terms = self.net(self.centred(image), targets)
     found = {"focal": terms["classification"], "giou": terms["box_regression"].to(image.device)}
     return found["focal"] + self.config.giou * found["giou"], {k: v.detach() for k, v in found.items()}
-
 
 # %% ../../nbs/08_tasks/05_detection.ipynb #aa28ef00
 @patch
@@ -290,11 +356,15 @@ def predict(
     finally: self.train(training)
     return [_detections(f) for f in found]
 
+# %% ../../nbs/08_tasks/05_detection.ipynb #004dd861
 def _detections(found: dict[str, Tensor]) -> Detections:
     "MONAI's result of one picture, surest first, axes as x and y."
     boxes, scores, labels = (found[k].cpu().numpy() for k in ("boxes", "labels_scores", "labels"))
     order = np.argsort(-scores, kind="stable")
-    return Detections(boxes[order][:, [1, 0, 3, 2]].astype(np.float32), scores[order].astype(np.float32), labels[order].astype(np.int64))
+    return Detections(
+        boxes[order][:, [1, 0, 3, 2]].astype(np.float32), scores[order].astype(np.float32),
+        labels[order].astype(np.int64),
+    )
 
 # %% ../../nbs/08_tasks/05_detection.ipynb #b96398a4
 def new_detector(
@@ -316,19 +386,23 @@ class DetectionRecipe(TaskRecipe):
     "How a detector is trained."
     zoom: float = 1.0  # least side of the random window that training sees, share of the picture; 1: all of it, as far as the paper tells
 
+# %% ../../nbs/08_tasks/05_detection.ipynb #9233977c
 DETECTION_RECIPES = {
     "paper": DetectionRecipe(epochs=(100,), lr=1e-2, batch=8, warmup=500, clip=10.0),
-    "demo": DetectionRecipe(epochs=(40,), optimiser="adamw", lr=4e-3, schedule="cosine", warmup=50, clip=10.0, batch=8, zoom=0.7),
+    "demo": DetectionRecipe(
+        epochs=(40,), optimiser="adamw", lr=4e-3, schedule="cosine", warmup=50, clip=10.0, batch=8, zoom=0.7
+    ),
 }
 
+# %% ../../nbs/08_tasks/05_detection.ipynb #ba566c95
 def detection_recipe(
     name: str = "demo",  # a key of `DETECTION_RECIPES`
     **settings,  # fields of `DetectionRecipe` to replace
 ) -> DetectionRecipe:
     "A named recipe with fields replaced; `InputError` for unknown names."
-    if name not in DETECTION_RECIPES: raise InputError(f"recipe: {name!r} is unknown; choose one of {', '.join(DETECTION_RECIPES)}")
+    if name not in DETECTION_RECIPES:
+        raise InputError(f"recipe: {name!r} is unknown; choose one of {', '.join(DETECTION_RECIPES)}")
     return change(DETECTION_RECIPES[name], **settings)
-
 
 # %% ../../nbs/08_tasks/05_detection.ipynb #4c208f4f
 def check_boxes(
@@ -338,12 +412,18 @@ def check_boxes(
     counts = np.zeros(len(samples.classes), np.int64)
     for i, stem in enumerate(samples.stems):
         found, (h, w) = samples.boxes(i), samples.image(i).shape[1:]
-        if found.labels.size and not 0 <= found.labels.min() <= found.labels.max() < len(counts): raise InputError(f"{stem}: class {found.labels.max()} of {len(counts)} classes; correct the annotation")
-        if found.boxes.size and not (found.boxes.min() >= 0 and (found.boxes.max(0) <= [w, h, w, h]).all()): raise InputError(f"{stem}: a box leaves the {w}×{h} picture; correct the annotation")
+        if found.labels.size and not 0 <= found.labels.min() <= found.labels.max() < len(counts):
+            raise InputError(
+                f"{stem}: class {found.labels.max()} of {len(counts)} classes; correct the annotation"
+            )
+        if found.boxes.size and not (found.boxes.min() >= 0 and (found.boxes.max(0) <= [w, h, w, h]).all()):
+            raise InputError(f"{stem}: a box leaves the {w}×{h} picture; correct the annotation")
         counts += np.bincount(found.labels, minlength=len(counts))
-    if not counts.sum(): raise InputError("boxes: no picture of the set holds an object; there is nothing to learn or to measure")
+    if not counts.sum():
+        raise InputError(
+            "boxes: no picture of the set holds an object; there is nothing to learn or to measure"
+        )
     return counts
-
 
 # %% ../../nbs/08_tasks/05_detection.ipynb #c7f0d7ca
 def train_detector(
@@ -360,8 +440,14 @@ def train_detector(
 ) -> TaskTrainer:  # `.model` is the network, `.progress.done` tells whether it is complete
     "Train a detector, or continue where an interrupted call stopped; `InputError` for boxes that do not fit."
     check_boxes(train)
-    model = new_detector(replace(config or DETECTORS["tiny"], channels=train.channels, classes=train.classes, zoom=r.zoom), seed=seed, backbone=backbone)
-    trainer = TaskTrainer(model, TaskBatches(train, crop=r.crop or None, flips=r.flips, seed=seed), r, folder, seed=seed, device=device)
+    model = new_detector(
+        replace(config or DETECTORS["tiny"], channels=train.channels, classes=train.classes, zoom=r.zoom),
+        seed=seed, backbone=backbone,
+    )
+    trainer = TaskTrainer(
+        model, TaskBatches(train, crop=r.crop or None, flips=r.flips, seed=seed), r, folder, seed=seed,
+        device=device,
+    )
     if not trainer.resume(): torch.manual_seed(seed)  # of the random windows
     if not trainer.progress.done: trainer.fit(minutes=minutes, progress=progress)
     return trainer
@@ -370,6 +456,7 @@ def train_detector(
 LIMIT = 100  # detections a class and picture that count
 OVERLAP = 0.5  # intersection over union from which a detection counts
 
+# %% ../../nbs/08_tasks/05_detection.ipynb #a9d5facb
 class Matches(NamedTuple):
     "Which detections are right, and which objects were found."
     image: np.ndarray  # D int64, position of the picture
@@ -380,14 +467,28 @@ class Matches(NamedTuple):
     found: list[np.ndarray]  # for each picture, N bool: which objects were found
     ap: np.ndarray  # K float64, AP@.5 by the evaluator; NaN for a class without objects
 
+# %% ../../nbs/08_tasks/05_detection.ipynb #ef37c696
 def _coco_tables(truths: Sequence[Boxes], found: Sequence[Detections], classes: int) -> tuple[dict, list[dict]]:
     "Truth and detections as the evaluator wants them, numbered from 1."
     size = lambda b: [float(b[0]), float(b[1]), float(b[2] - b[0]), float(b[3] - b[1])]
-    objects = [{"image_id": i + 1, "category_id": int(k) + 1, "bbox": size(b), "area": size(b)[2] * size(b)[3], "iscrowd": 0} for i, t in enumerate(truths) for b, k in zip(t.boxes, t.labels)]
+    objects = [
+        {
+            "image_id": i + 1, "category_id": int(k) + 1, "bbox": size(b), "area": size(b)[2] * size(b)[3],
+            "iscrowd": 0,
+        }
+        for i, t in enumerate(truths)
+        for b, k in zip(t.boxes, t.labels)
+    ]
     for number, item in enumerate(objects): item["id"] = number + 1
-    data = {"images": [{"id": i + 1} for i in range(len(truths))], "categories": [{"id": k + 1, "name": str(k)} for k in range(classes)], "annotations": objects}
-    return data, [{"image_id": i + 1, "category_id": int(k) + 1, "bbox": size(b), "score": float(s)} for i, f in enumerate(found) for b, s, k in zip(*limited(f), strict=True)]
-
+    data = {
+        "images": [{"id": i + 1} for i in range(len(truths))],
+        "categories": [{"id": k + 1, "name": str(k)} for k in range(classes)], "annotations": objects,
+    }
+    return data, [
+        {"image_id": i + 1, "category_id": int(k) + 1, "bbox": size(b), "score": float(s)}
+        for i, f in enumerate(found)
+        for b, s, k in zip(*limited(f), strict=True)
+    ]
 
 # %% ../../nbs/08_tasks/05_detection.ipynb #fc293189
 def limited(
@@ -395,13 +496,22 @@ def limited(
 ) -> Detections:  # surest first
     "The surest 100 detections of each class."
     order = np.argsort(-found.scores, kind="stable")
-    rank = pd.Series(found.labels[order]).groupby(found.labels[order]).cumcount().to_numpy(int) if len(order) else np.zeros(0, int)
+    rank = (
+        pd.Series(found.labels[order]).groupby(found.labels[order]).cumcount().to_numpy(int)
+        if len(order)
+        else np.zeros(0, int)
+    )
     return Detections(*(x[order[rank < LIMIT]] for x in found))
 
+# %% ../../nbs/08_tasks/05_detection.ipynb #c875e312
 def _evaluator():
     "The COCO evaluator; `InputError` if it is not installed."
-    try: from faster_coco_eval import COCO, COCOeval_faster
-    except ImportError as e: raise InputError("detection needs the package faster-coco-eval; run: pip install 'smfnet[downstream]'") from e
+    try:
+        from faster_coco_eval import COCO, COCOeval_faster
+    except ImportError as e:
+        raise InputError(
+            "detection needs the package faster-coco-eval; run: pip install 'smfnet[downstream]'"
+        ) from e
     return COCO, COCOeval_faster
 
 # %% ../../nbs/08_tasks/05_detection.ipynb #2527ba63
@@ -411,29 +521,51 @@ def match(
     classes: int = 6,
 ) -> Matches:
     "Compare detections with objects; `InputError` for lists of two lengths, unknown classes, or no object at all."
-    if len(truths) != len(found): raise InputError(f"detections: of {len(found)} pictures, but there are {len(truths)}; detect in all of them")
+    if len(truths) != len(found):
+        raise InputError(
+            f"detections: of {len(found)} pictures, but there are {len(truths)}; detect in all of them"
+        )
     labels = np.concatenate([np.zeros(0, np.int64), *(x.labels for x in (*truths, *found))])
-    if labels.size and not 0 <= labels.min() <= labels.max() < classes: raise InputError(f"labels: {labels.min()} to {labels.max()}, expected 0 to {classes - 1}")
-    objects = np.stack([np.bincount(t.labels, minlength=classes) for t in truths]) if truths else np.zeros((0, classes), np.int64)
-    if not objects.sum(): raise InputError("boxes: no picture holds an object; average precision is not defined")
+    if labels.size and not 0 <= labels.min() <= labels.max() < classes:
+        raise InputError(f"labels: {labels.min()} to {labels.max()}, expected 0 to {classes - 1}")
+    objects = (
+        np.stack([np.bincount(t.labels, minlength=classes) for t in truths])
+        if truths
+        else np.zeros((0, classes), np.int64)
+    )
+    if not objects.sum():
+        raise InputError("boxes: no picture holds an object; average precision is not defined")
     data, detections = _coco_tables(truths, found, classes)
-    hit, taken, ap = _match(data, detections) if detections else (np.zeros(0, bool), np.zeros(0, np.int64), np.where(objects.sum(0) > 0, 0.0, np.nan))
+    hit, taken, ap = (
+        _match(data, detections)
+        if detections
+        else (np.zeros(0, bool), np.zeros(0, np.int64), np.where(objects.sum(0) > 0, 0.0, np.nan))
+    )
     seen = np.isin(np.arange(objects.sum()) + 1, taken)
     column = lambda key, kind: np.array([d[key] for d in detections], kind)
-    return Matches(column("image_id", np.int64) - 1, column("category_id", np.int64) - 1, column("score", np.float64), hit, objects,
-                   np.split(seen, np.cumsum([len(t.labels) for t in truths])[:-1]), ap)
+    return Matches(
+        column("image_id", np.int64) - 1, column("category_id", np.int64) - 1, column("score", np.float64),
+        hit, objects, np.split(seen, np.cumsum([len(t.labels) for t in truths])[:-1]), ap,
+    )
 
+# %% ../../nbs/08_tasks/05_detection.ipynb #dd5527c3
 def _match(data: dict, detections: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Hits, numbers of the objects found, and AP of each class, by the evaluator."
     coco, evaluator = _evaluator()
     quiet = lambda *_: None
     truth = coco(data, print_function=quiet)
     e = evaluator(truth, truth.loadRes(detections), "bbox", print_function=quiet, extra_calc=True)
-    e.params.iouThrs, e.params.maxDets, e.params.areaRng, e.params.areaRngLbl = np.array([OVERLAP]), [LIMIT], [[0, 1e10]], ["all"]
-    e.evaluate(); e.accumulate()
+    e.params.iouThrs, e.params.maxDets, e.params.areaRng, e.params.areaRngLbl = (
+        np.array([OVERLAP]), [LIMIT], [[0, 1e10]], ["all"],
+    )
+    e.evaluate()
+    e.accumulate()
     pairs = np.array([key.split("_") for key in e.eval["matched"]], np.int64).reshape(-1, 2)
     precision = e.eval["precision"][0, :, :, 0, 0].T
-    return np.isin(np.arange(len(detections)) + 1, pairs[:, 0]), pairs[:, 1], np.where((precision > -1).all(1), precision.mean(1), np.nan)
+    return (
+        np.isin(np.arange(len(detections)) + 1, pairs[:, 0]), pairs[:, 1],
+        np.where((precision > -1).all(1), precision.mean(1), np.nan),
+    )
 
 # %% ../../nbs/08_tasks/05_detection.ipynb #661b7543
 def weighted_ap(
@@ -452,13 +584,13 @@ def weighted_ap(
         for r in np.flatnonzero(total > 0): out[r, k] = _mean_precision(right[r] / total[r], best[r])
     return out
 
+# %% ../../nbs/08_tasks/05_detection.ipynb #d0a66728
 _RECALLS = np.linspace(0.0, 1.0, 101)
 
 def _mean_precision(recall: np.ndarray, best: np.ndarray) -> float:
     "Mean over 101 recalls of the best precision from there on."
     at = np.searchsorted(recall, _RECALLS, side="left")
     return float(np.append(best, 0.0)[at].mean())
-
 
 # %% ../../nbs/08_tasks/05_detection.ipynb #12364ba6
 def with_mean(
@@ -484,15 +616,27 @@ def evaluate(
 ) -> list[Detections]:  # one a picture
     "Detect in every picture; `InputError` for an input or boxes that do not fit."
     check_boxes(samples)
-    if samples.channels != model.config.channels: raise InputError(f"input: {samples.input!r} has {samples.channels} channels, the detector takes {model.config.channels}; use what it was trained for")
+    if samples.channels != model.config.channels:
+        raise InputError(
+            f"input: {samples.input!r} has {samples.channels} channels, the detector takes {model.config.channels}; use what it was trained for"
+        )
     model, found = model.to(device), []
     for i, stem in enumerate(tqdm(samples.stems, desc="detect", disable=not progress)):
         found += model.predict(torch.from_numpy(samples.image(i))[None].to(device))
         if out is not None:
             sure = found[-1].scores >= WRITTEN
-            write_json(Path(out, f"{stem}.json"), {"input": samples.input, "classes": list(samples.classes), **{k: (v[sure].astype(np.float64).round(3) if v.dtype.kind == "f" else v[sure]).tolist() for k, v in found[-1]._asdict().items()}})
+            write_json(
+                Path(out, f"{stem}.json"),
+                {
+                    "input": samples.input,
+                    "classes": list(samples.classes),
+                    **{
+                        k: (v[sure].astype(np.float64).round(3) if v.dtype.kind == "f" else v[sure]).tolist()
+                        for k, v in found[-1]._asdict().items()
+                    },
+                },
+            )
     return found
-
 
 # %% ../../nbs/08_tasks/05_detection.ipynb #f58a472c
 def score_rows(
@@ -506,7 +650,9 @@ def score_rows(
 ) -> pd.DataFrame:  # columns `TASK_COLUMNS`
     "AP@.5 of each class and mAP with 95 % intervals over images, for all and for each kind of scene."
     m = match(truths, found, len(classes))
-    rows = score_table(partial(_scores, m), stems, [*classes, "mAP"], resamples=resamples, task="detection", **labels)
+    rows = score_table(
+        partial(_scores, m), stems, [*classes, "mAP"], resamples=resamples, task="detection", **labels
+    )
     rows.loc[rows["kind"] == "all", "value"] = with_mean(m.ap)
     return rows
 
@@ -520,14 +666,19 @@ def save_found(
 ) -> None:
     "Write objects and detections of all seeds, atomically."
     join = lambda parts, like: np.concatenate([like, *parts])
-    tables = {"seeds": np.array(list(found), np.int64), "stems": np.array(stems), "classes": np.array(classes)}
+    tables = {
+        "seeds": np.array(list(found), np.int64), "stems": np.array(stems), "classes": np.array(classes),
+    }
     for name, items in {"truth": truths, **{f"seed{s}": f for s, f in found.items()}}.items():
-        tables |= {f"{name}_count": np.array([len(x.labels) for x in items]), f"{name}_boxes": join([x.boxes for x in items], np.zeros((0, 4), np.float32)),
-                   f"{name}_labels": join([x.labels for x in items], np.zeros(0, np.int64))}
-        if name != "truth": tables[f"{name}_scores"] = join([x.scores for x in items], np.zeros(0, np.float32))
+        tables |= {
+            f"{name}_count": np.array([len(x.labels) for x in items]),
+            f"{name}_boxes": join([x.boxes for x in items], np.zeros((0, 4), np.float32)),
+            f"{name}_labels": join([x.labels for x in items], np.zeros(0, np.int64)),
+        }
+        if name != "truth":
+            tables[f"{name}_scores"] = join([x.scores for x in items], np.zeros(0, np.float32))
     with atomic_path(path) as part:
         with open(part, "wb") as f: np.savez_compressed(f, **tables)
-
 
 # %% ../../nbs/08_tasks/05_detection.ipynb #78269326
 class Found(NamedTuple):
@@ -537,18 +688,28 @@ class Found(NamedTuple):
     stems: list[str]
     classes: tuple[str, ...]
 
+# %% ../../nbs/08_tasks/05_detection.ipynb #4437b6d5
 def read_found(
     path: str | Path,  # a file that `save_found` wrote
 ) -> Found:
     "Read objects and detections; `InputError` for a file of another kind."
     try:
-        with np.load(path, allow_pickle=False) as f: t = {k: f[k] for k in f.files}
+        with np.load(path, allow_pickle=False) as f:
+            t = {k: f[k] for k in f.files}
         cut = lambda name, key: np.split(t[f"{name}_{key}"], np.cumsum(t[f"{name}_count"])[:-1])
         classes = tuple(t["classes"].tolist())
         truths = [Boxes(b, k, classes) for b, k in zip(cut("truth", "boxes"), cut("truth", "labels"))]
-        found = {int(s): [Detections(*x) for x in zip(*(cut(f"seed{s}", key) for key in ("boxes", "scores", "labels")))] for s in t["seeds"]}
+        found = {
+            int(s): [
+                Detections(*x) for x in zip(*(cut(f"seed{s}", key) for key in ("boxes", "scores", "labels")))
+            ]
+            for s in t["seeds"]
+        }
         return Found(truths, found, t["stems"].tolist(), classes)
-    except (OSError, ValueError, KeyError) as e: raise InputError(f"{path}: cannot be read as results of a detection ({e}); run the stage again") from e
+    except (OSError, ValueError, KeyError) as e:
+        raise InputError(
+            f"{path}: cannot be read as results of a detection ({e}); run the stage again"
+        ) from e
 
 # %% ../../nbs/08_tasks/05_detection.ipynb #7676083c
 def paired(
@@ -559,9 +720,14 @@ def paired(
 ) -> pd.DataFrame:  # kind, metric, a, b, difference, low, high, spread, n_images, n_seeds
     "Second minus first input on the same images, with 95 % intervals; `InputError` if images, boxes or seeds differ."
     both = [read_found(path) for path in (a, b)]
-    check_alike((a, b), images=[x.stems for x in both], classes=[x.classes for x in both], seeds=[list(x.found) for x in both],
-                boxes=[[(t.boxes.tolist(), t.labels.tolist()) for t in x.truths] for x in both])
-    measures = [[partial(_scores, match(x.truths, f, len(x.classes))) for f in x.found.values()] for x in both]
+    check_alike(
+        (a, b), images=[x.stems for x in both], classes=[x.classes for x in both],
+        seeds=[list(x.found) for x in both],
+        boxes=[[(t.boxes.tolist(), t.labels.tolist()) for t in x.truths] for x in both],
+    )
+    measures = [
+        [partial(_scores, match(x.truths, f, len(x.classes))) for f in x.found.values()] for x in both
+    ]
     return difference_table(*measures, both[0].stems, [*both[0].classes, "mAP"], resamples=resamples)
 
 # %% ../../nbs/08_tasks/05_detection.ipynb #5ff9643c
@@ -577,21 +743,27 @@ def open_inputs(
     names: Sequence[str] = ("train", "test"),  # which parts
 ) -> dict[str, tuple[Samples, ...]]:  # input -> its parts
     "Parts of rendered streets or of a set, with boxes; `InputError` names what is missing, or scenes that lie in both."
-    if bool(data) == bool(set): raise InputError("give either data, a folder with train/ and test/, or the name of a set")
+    if bool(data) == bool(set):
+        raise InputError("give either data, a folder with train/ and test/, or the name of a set")
     if data: parts = {part: get_pairs(Path(data, part)) for part in names}
     else: parts = split_scenes(get_pairs(set, "detection", root=root or None), seed=split_seed)
     check_leaks({part: parts[part] for part in names})
-    folder = lambda part: (Path(fused, part) if fused else Path(data, part, "fused")) if data else fused or None
-    one = lambda part, name: Samples(parts[part], name, targets="boxes", fused=None if name in SOURCES else folder(part), size=tuple(size) if size else None)
+    folder = lambda part: (
+        (Path(fused, part) if fused else Path(data, part, "fused")) if data else fused or None
+    )
+    one = lambda part, name: Samples(
+        parts[part], name, targets="boxes", fused=None if name in SOURCES else folder(part),
+        size=tuple(size) if size else None,
+    )
     return {name: tuple(one(part, name) for part in names) for name in inputs}
 
+# %% ../../nbs/08_tasks/05_detection.ipynb #8780aec6
 def open_parts(
     input: str,  # infrared, visible, stacked, or a fused method
     **places,  # data, set, root, fused, size, split_seed of `open_inputs`
 ) -> tuple[Samples, Samples]:  # train, test
     "Both parts for one input."
     return open_inputs([input], **places)[input]
-
 
 # %% ../../nbs/08_tasks/05_detection.ipynb #5ecf1d21
 def conditions(
@@ -606,9 +778,9 @@ def conditions(
     h = hashlib.sha256(json.dumps([plain, asdict(r), initial], sort_keys=True).encode())
     for part in (train, test):
         h.update(repr((part.stems, part.size, part.classes)).encode())
-        for i in range(len(part)): h.update(b"".join(np.ascontiguousarray(x).tobytes() for x in part.boxes(i)[:2]))
+        for i in range(len(part)):
+            h.update(b"".join(np.ascontiguousarray(x).tobytes() for x in part.boxes(i)[:2]))
     return h.hexdigest()[:12]
-
 
 # %% ../../nbs/08_tasks/05_detection.ipynb #ee8a0678
 def summary(
@@ -620,4 +792,7 @@ def summary(
     matches = [match(truths, f, len(classes)) for f in found.values()]
     each = [float(with_mean(m.ap)[-1]) for m in matches]
     spread = float(np.std(each, ddof=1)) if len(each) > 1 else None
-    return {"mAP": float(np.mean(each)), "spread": spread, "objects": dict(zip(classes, matches[0].objects.sum(0).tolist()))}
+    return {
+        "mAP": float(np.mean(each)), "spread": spread,
+        "objects": dict(zip(classes, matches[0].objects.sum(0).tolist())),
+    }

@@ -34,6 +34,7 @@ class Verdict:
     wrong: Detections  # all others
     missed: Boxes  # objects that nobody found
 
+# %% ../../nbs/08_tasks/06_detection_figure.ipynb #607b7910
 def verdict(
     truth: Boxes,
     found: Detections,
@@ -51,14 +52,27 @@ def verdict(
 
 # %% ../../nbs/08_tasks/06_detection_figure.ipynb #e3ce59d3
 RIGHT, WRONG, MISSED = (86, 180, 233), (255, 130, 30), (240, 228, 66)  # blue, orange, yellow
-STYLES = {"right": (RIGHT, "-", "found"), "wrong": (WRONG, "--", "wrong: no such object there"), "missed": (MISSED, ":", "missed")}
+STYLES = {
+    "right": (RIGHT, "-", "found"), "wrong": (WRONG, "--", "wrong: no such object there"),
+    "missed": (MISSED, ":", "missed"),
+}
 
+# %% ../../nbs/08_tasks/06_detection_figure.ipynb #150897c3
 def _frames(ax: Axes, boxes: np.ndarray, texts: Sequence[str], colour, line: str) -> None:
     "Rectangles with small labels."
     for (x0, y0, x1, y1), text in zip(boxes, texts):
-        ax.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, linewidth=1.0, linestyle=line, edgecolor=colour))
-        if text: ax.text(x0 - 0.5, y0 - 1.5, text, fontsize=4.5, color=colour, ha="left", va="bottom", clip_on=True)
+        ax.add_patch(
+            Rectangle(
+                (x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, linewidth=1.0, linestyle=line,
+                edgecolor=colour,
+            )
+        )
+        if text:
+            ax.text(
+                x0 - 0.5, y0 - 1.5, text, fontsize=4.5, color=colour, ha="left", va="bottom", clip_on=True
+            )
 
+# %% ../../nbs/08_tasks/06_detection_figure.ipynb #780f6171
 def draw_detections(
     ax: Axes,
     image: np.ndarray,  # H×W×3, [0,1]
@@ -70,8 +84,12 @@ def draw_detections(
     title: str = "",
 ) -> None:
     "A picture on the fixed range [0, 1] with its objects or its detections."
-    ax.imshow(image, vmin=0, vmax=1, interpolation="nearest"); ax.set_title(title, fontsize=8); ax.axis("off")
-    if found is None: _frames(ax, truth.boxes, [classes[k] for k in truth.labels], "white", "-"); return
+    ax.imshow(image, vmin=0, vmax=1, interpolation="nearest")
+    ax.set_title(title, fontsize=8)
+    ax.axis("off")
+    if found is None:
+        _frames(ax, truth.boxes, [classes[k] for k in truth.labels], "white", "-")
+        return
     v = verdict(truth, found, least=least)
     for name, part in (("missed", v.missed), ("wrong", v.wrong), ("right", v.right)):
         colour, line, _ = STYLES[name]
@@ -87,7 +105,6 @@ class SceneView:
     images: Mapping[str, np.ndarray]  # input -> H×W×3, [0,1], what the detector saw
     found: Mapping[str, Detections]  # input -> detections
 
-
 # %% ../../nbs/08_tasks/06_detection_figure.ipynb #532b96a1
 def detection_grid(
     scenes: Sequence[SceneView],  # all with the same inputs
@@ -98,17 +115,34 @@ def detection_grid(
 ) -> Figure:  # one line a scene; one column an input, after the ground truth
     "The same scenes for every input, with missed and wrong objects; `InputError` if inputs differ between scenes."
     inputs = list(scenes[0].found) if scenes else []
-    if not inputs or any(list(s.found) != inputs for s in scenes): raise InputError("scenes: give at least one, each with the same inputs")
+    if not inputs or any(list(s.found) != inputs for s in scenes):
+        raise InputError("scenes: give at least one, each with the same inputs")
     ratio = [s.visible.shape[0] / s.visible.shape[1] for s in scenes]
-    fig, axes = plt.subplots(len(scenes), len(inputs) + 1, squeeze=False, layout="constrained", height_ratios=ratio, figsize=(width * (len(inputs) + 1), width * sum(ratio) + 0.6))
+    fig, axes = plt.subplots(
+        len(scenes), len(inputs) + 1, squeeze=False, layout="constrained", height_ratios=ratio,
+        figsize=(width * (len(inputs) + 1), width * sum(ratio) + 0.6),
+    )
     fig.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
     for line, s in zip(axes, scenes):
         first = s is scenes[0]
         draw_detections(line[0], s.visible, s.truth, None, classes=classes, title="objects" if first else "")
-        line[0].text(-0.02, 0.5, s.name.replace("_", " "), transform=line[0].transAxes, rotation=90, ha="right", va="center", fontsize=7)
-        for ax, name in zip(line[1:], inputs): draw_detections(ax, s.images[name], s.truth, s.found[name], classes=classes, least=least, title=name if first else "")
-    entries = [Line2D([], [], color=np.array(colour) / 255, linestyle=line, label=text) for colour, line, text in STYLES.values()]
-    legend = fig.legend(handles=entries, loc="outside lower center", ncols=3, fontsize=7, facecolor="0.25", labelcolor="white", title=f"detections with a score of {least:g} or more", title_fontsize=7)
+        line[0].text(
+            -0.02, 0.5, s.name.replace("_", " "), transform=line[0].transAxes, rotation=90, ha="right",
+            va="center", fontsize=7,
+        )
+        for ax, name in zip(line[1:], inputs):
+            draw_detections(
+                ax, s.images[name], s.truth, s.found[name], classes=classes, least=least,
+                title=name if first else "",
+            )
+    entries = [
+        Line2D([], [], color=np.array(colour) / 255, linestyle=line, label=text)
+        for colour, line, text in STYLES.values()
+    ]
+    legend = fig.legend(
+        handles=entries, loc="outside lower center", ncols=3, fontsize=7, facecolor="0.25",
+        labelcolor="white", title=f"detections with a score of {least:g} or more", title_fontsize=7,
+    )
     legend.get_title().set_color("white")
     return fig
 
@@ -118,8 +152,13 @@ def telling_scenes(
     n: int = 4,  # scenes
 ) -> list[str]:  # stems, kinds in turn
     "Scenes with many classes and objects, chosen by ground truth alone."
-    return in_turn({s: (len(np.unique(labels := samples.boxes(i).labels)), len(labels)) for i, s in enumerate(samples.stems)}, n)
-
+    return in_turn(
+        {
+            s: (len(np.unique(labels := samples.boxes(i).labels)), len(labels))
+            for i, s in enumerate(samples.stems)
+        },
+        n,
+    )
 
 # %% ../../nbs/08_tasks/06_detection_figure.ipynb #fe7032bd
 def read_detections(
@@ -128,12 +167,17 @@ def read_detections(
     "Where the detections of each input lie; `InputError` for missing results, or results under other conditions."
     return {name: folder / "predictions" for name, folder in result_folders(folders, "detection").items()}
 
+# %% ../../nbs/08_tasks/06_detection_figure.ipynb #a108fdb5
 def _read(folder: Path, stem: str) -> Detections:
     "The detections of one picture; `InputError` if they are not there."
-    try: d = json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e: raise InputError(f"{folder}: no detections of {stem} ({e}); run the stage detection again") from e
-    return Detections(np.array(d["boxes"], np.float32).reshape(-1, 4), np.array(d["scores"], np.float32), np.array(d["labels"], np.int64))
-
+    try:
+        d = json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise InputError(f"{folder}: no detections of {stem} ({e}); run the stage detection again") from e
+    return Detections(
+        np.array(d["boxes"], np.float32).reshape(-1, 4), np.array(d["scores"], np.float32),
+        np.array(d["labels"], np.int64),
+    )
 
 # %% ../../nbs/08_tasks/06_detection_figure.ipynb #cd6b946d
 def scene_views(
@@ -143,7 +187,14 @@ def scene_views(
 ) -> list[SceneView]:
     "What `detection_grid` draws; `InputError` for a scene that is not in the set."
     own = samples["visible"]
-    if lacking := sorted(set(stems) - set(own.stems)): raise InputError(f"stems: {', '.join(lacking)} not in the set; see its names")
+    if lacking := sorted(set(stems) - set(own.stems)):
+        raise InputError(f"stems: {', '.join(lacking)} not in the set; see its names")
     picture = lambda name, i: samples[name].image(i)[:3].transpose(1, 2, 0)
-    return [SceneView(stem, picture("visible", i), own.boxes(i), {k: picture(k, i) for k in predictions}, {k: _read(folder, stem) for k, folder in predictions.items()})
-            for stem in stems for i in [own.stems.index(stem)]]
+    return [
+        SceneView(
+            stem, picture("visible", i), own.boxes(i), {k: picture(k, i) for k in predictions},
+            {k: _read(folder, stem) for k, folder in predictions.items()},
+        )
+        for stem in stems
+        for i in [own.stems.index(stem)]
+    ]

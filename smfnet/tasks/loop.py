@@ -32,15 +32,24 @@ def _check_task_recipe(r) -> None:
     for f in fields(r):
         value, kind = getattr(r, f.name), type(f.default)
         if f.name in _WORDS:
-            if value not in _WORDS[f.name]: raise InputError(f"{f.name}: {value!r} is unknown; choose one of {', '.join(_WORDS[f.name])}")
+            if value not in _WORDS[f.name]:
+                raise InputError(f"{f.name}: {value!r} is unknown; choose one of {', '.join(_WORDS[f.name])}")
         elif kind is bool:
-            if not isinstance(value, bool): raise InputError(f"{f.name}: {value!r}; give true or false")
+            if not isinstance(value, bool):
+                raise InputError(f"{f.name}: {value!r}; give true or false")
         elif kind in (int, float):
-            number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            number = (
+                isinstance(value, int if kind is int else (int, float))
+                and not isinstance(value, bool)
+                and math.isfinite(value)
+            )
             if not number or value < 0 or (f.name in _POSITIVE and not value):
-                raise InputError(f"{f.name}: {value!r}; give a {'whole ' if kind is int else ''}number {'above 0' if f.name in _POSITIVE else 'of 0 or more'}")
+                raise InputError(
+                    f"{f.name}: {value!r}; give a {'whole ' if kind is int else ''}number {'above 0' if f.name in _POSITIVE else 'of 0 or more'}"
+                )
     epochs = r.epochs if isinstance(r.epochs, (tuple, list)) else ()
-    if len(epochs) != 1 or type(epochs[0]) is not int or epochs[0] < 1: raise InputError(f"epochs: {r.epochs!r}; give one whole number above 0 in brackets, such as (100,)")
+    if len(epochs) != 1 or type(epochs[0]) is not int or epochs[0] < 1:
+        raise InputError(f"epochs: {r.epochs!r}; give one whole number above 0 in brackets, such as (100,)")
 
 # %% ../../nbs/08_tasks/02_loop.ipynb #96d3e083
 @dataclass(frozen=True)
@@ -66,13 +75,15 @@ class TaskRecipe:
         _check_task_recipe(self)
         object.__setattr__(self, "epochs", tuple(self.epochs))
 
+# %% ../../nbs/08_tasks/02_loop.ipynb #bfd54bbb
 def change(
     r,  # a recipe, or the configuration of a network
     **settings,  # fields to replace; `epochs` may be a plain number
 ):  # of the same class
     "A recipe or configuration with fields replaced; `InputError` for an unknown field."
     known = [f.name for f in fields(r)]
-    if unknown := sorted(set(settings) - set(known)): raise InputError(f"{', '.join(unknown)}: no such setting; {type(r).__name__} has {', '.join(known)}")
+    if unknown := sorted(set(settings) - set(known)):
+        raise InputError(f"{', '.join(unknown)}: no such setting; {type(r).__name__} has {', '.join(known)}")
     if isinstance(settings.get("epochs"), int): settings["epochs"] = (settings["epochs"],)
     return replace(r, **settings)
 
@@ -87,6 +98,7 @@ def rate(
     fall = {"constant": 1.0, "poly": (1 - t) ** 0.9, "cosine": (1 + math.cos(math.pi * t)) / 2}[r.schedule]
     return r.lr * min(1, (step + 1) / (r.warmup + 1)) * fall
 
+# %% ../../nbs/08_tasks/02_loop.ipynb #851cb91a
 def parameter_groups(
     model: nn.Module,
     weight_decay: float,  # of matrices and kernels
@@ -99,7 +111,9 @@ def parameter_groups(
 # %% ../../nbs/08_tasks/02_loop.ipynb #7da6f11a
 class TaskNetwork(nn.Module):
     "A network with a configuration and a note on where its weights began, kept in one file."
-    word, format, configuration = "network", "", None  # what messages call it; mark of its files; class of `config`, with channels and stored()
+    word, format, configuration = (
+        "network", "", None,
+    )  # what messages call it; mark of its files; class of `config`, with channels and stored()
     def __init__(self, config):
         super().__init__()
         self.config, self.initial = config, "random weights; no pretrained backbone"
@@ -110,7 +124,9 @@ class TaskNetwork(nn.Module):
     ) -> Tensor:  # of the same shape
         "What the first layer sees; `InputError` for another number of channels."
         if image.ndim != 4 or image.shape[1] != self.config.channels:
-            raise InputError(f"image: {tuple(image.shape)}, but this {self.word} takes B×{self.config.channels}×H×W; use the input that it was trained for")
+            raise InputError(
+                f"image: {tuple(image.shape)}, but this {self.word} takes B×{self.config.channels}×H×W; use the input that it was trained for"
+            )
         return (image - 0.45) / 0.225
 
 # %% ../../nbs/08_tasks/02_loop.ipynb #bde2705d
@@ -121,10 +137,14 @@ def save(
     **metadata: str,  # anything worth remembering: seed, recipe
 ) -> None:
     "Write weights and configuration, atomically."
-    header = {"format": self.format, "config": json.dumps(self.config.stored()), "initial": self.initial, **metadata}
+    header = {
+        "format": self.format, "config": json.dumps(self.config.stored()), "initial": self.initial,
+        **metadata,
+    }
     state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
     with atomic_path(path) as part: save_file(state, part, header)
 
+# %% ../../nbs/08_tasks/02_loop.ipynb #40c3357a
 @patch(cls_method=True)
 def load(
     cls: TaskNetwork,
@@ -132,12 +152,21 @@ def load(
 ) -> TaskNetwork:  # of the class that is asked, in evaluation mode, on the CPU
     "Read a network; `InputError` for a file of another kind."
     try:
-        with safe_open(path, "pt") as f: header, state = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, OSError) as e: raise InputError(f"{path}: not a safetensors file ({e}); give a file that {cls.__name__}.save wrote") from e
-    if header.get("format") != cls.format: raise InputError(f"{path}: no weights of a {cls.word} (format {header.get('format')!r}); give a file that {cls.__name__}.save wrote")
+        with safe_open(path, "pt") as f:
+            header, state = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, OSError) as e:
+        raise InputError(
+            f"{path}: not a safetensors file ({e}); give a file that {cls.__name__}.save wrote"
+        ) from e
+    if header.get("format") != cls.format:
+        raise InputError(
+            f"{path}: no weights of a {cls.word} (format {header.get('format')!r}); give a file that {cls.__name__}.save wrote"
+        )
     model = cls(cls.configuration(**json.loads(header["config"])))
-    try: model.load_state_dict(state)
-    except RuntimeError as e: raise InputError(f"{path}: does not fit its own configuration; the file is damaged") from e
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:
+        raise InputError(f"{path}: does not fit its own configuration; the file is damaged") from e
     model.initial = header["initial"]
     return model.eval()
 
@@ -147,13 +176,27 @@ def load_backbone(
     folder: str | Path,  # holds its pretrained model.safetensors
 ) -> str:  # what the weights are
     "Put the weights of a local file into a backbone; `InputError` if they do not fit."
-    path, first, own = Path(folder, "model.safetensors"), "embedder.embedder.convolution.weight", body.state_dict()
-    if not path.is_file(): raise InputError(f"backbone: {folder} holds no model.safetensors; name a local folder with a ResNet of transformers, or leave it empty")
-    try: state = {k.removeprefix("resnet."): v for k, v in load_file(path).items() if not k.startswith("classifier.")}
-    except (SafetensorError, OSError) as e: raise InputError(f"backbone: {path} cannot be read ({e}); copy the file again") from e
-    if first in state and (state[first].shape[1], own[first].shape[1]) == (3, 4): state[first] = torch.cat([state[first], state[first].mean(1, keepdim=True)], 1) * 0.75
+    path, first, own = (
+        Path(folder, "model.safetensors"), "embedder.embedder.convolution.weight", body.state_dict(),
+    )
+    if not path.is_file():
+        raise InputError(
+            f"backbone: {folder} holds no model.safetensors; name a local folder with a ResNet of transformers, or leave it empty"
+        )
+    try:
+        state = {
+            k.removeprefix("resnet."): v
+            for k, v in load_file(path).items()
+            if not k.startswith("classifier.")
+        }
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"backbone: {path} cannot be read ({e}); copy the file again") from e
+    if first in state and (state[first].shape[1], own[first].shape[1]) == (3, 4):
+        state[first] = torch.cat([state[first], state[first].mean(1, keepdim=True)], 1) * 0.75
     if wrong := sorted(k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape):
-        raise InputError(f"backbone: {folder} is another network than the preset's (differs in {wrong[0]} and {len(wrong) - 1} more); choose the preset that fits")
+        raise InputError(
+            f"backbone: {folder} is another network than the preset's (differs in {wrong[0]} and {len(wrong) - 1} more); choose the preset that fits"
+        )
     body.load_state_dict(state)
     return f"pretrained backbone {Path(folder).name}, weights {sha256(path)[:12]}"
 
@@ -174,8 +217,11 @@ class TaskTrainer(Trainer):
         validate_every: int = 10,  # epochs between validations
         accelerator=None,  # an `accelerate.Accelerator`: each process trains on its share of every batch
     ):
-        super().__init__(model, data, r, folder, seed=seed, device=device, stages=(1,), checkpoint_every=checkpoint_every,
-                         validate=validate, validate_every=validate_every, accelerator=accelerator)
+        super().__init__(
+            model, data, r, folder, seed=seed, device=device, stages=(1,),
+            checkpoint_every=checkpoint_every, validate=validate, validate_every=validate_every,
+            accelerator=accelerator,
+        )
         self.call = torch.compile(model.loss) if r.compile else model.loss
 
     @property
@@ -186,7 +232,11 @@ class TaskTrainer(Trainer):
     def new_optimiser(self) -> torch.optim.Optimizer:
         "SGD with momentum, or AdamW."
         r, groups = self.recipe, parameter_groups(self.model, self.recipe.weight_decay)
-        return torch.optim.SGD(groups, lr=r.lr, momentum=r.momentum) if r.optimiser == "sgd" else torch.optim.AdamW(groups, lr=r.lr)
+        return (
+            torch.optim.SGD(groups, lr=r.lr, momentum=r.momentum)
+            if r.optimiser == "sgd"
+            else torch.optim.AdamW(groups, lr=r.lr)
+        )
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:  # total and detached terms
         "The network's own loss of a batch."
@@ -194,8 +244,13 @@ class TaskTrainer(Trainer):
 
     def clip(self) -> dict[str, Tensor]:  # the norm before clipping
         "Clip the gradient of the whole network."
-        return {"all": nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], self.recipe.clip or math.inf)}
+        return {
+            "all": nn.utils.clip_grad_norm_(
+                [p for p in self.model.parameters() if p.grad is not None], self.recipe.clip or math.inf
+            )
+        }
 
     def set_rates(self) -> None:
         "The learning rate of this step, for every parameter."
-        for group in self.optimiser.param_groups: group["lr"] = rate(self.recipe, self.progress.step, self.steps)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate(self.recipe, self.progress.step, self.steps)

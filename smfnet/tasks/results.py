@@ -31,6 +31,7 @@ def draws(
     drawn = np.random.Generator(np.random.PCG64(seed)).integers(n, size=(resamples, n))
     return np.stack([np.bincount(d, minlength=n) for d in drawn])
 
+# %% ../../nbs/08_tasks/03_results.ipynb #5b550d2d
 def interval(
     values: np.ndarray,  # R×M, NaN where nothing is defined
 ) -> np.ndarray:  # 2×M
@@ -38,6 +39,7 @@ def interval(
     known = [column[np.isfinite(column)] for column in values.T]
     return np.array([np.quantile(x, [0.025, 0.975]) if len(x) else (np.nan, np.nan) for x in known]).T
 
+# %% ../../nbs/08_tasks/03_results.ipynb #a084a4c2
 def defined_mean(
     x: np.ndarray,  # …×K
 ) -> np.ndarray:  # …
@@ -51,8 +53,15 @@ def scene_kind(
 ) -> str:  # a key of `KINDS`, or empty
     "Kind of a scene by its name: scene_0001_night, or 00001N of MFNet."
     last = stem.rsplit("_", 1)[-1]
-    return last if last in KINDS else {"D": "day", "N": "night"}[stem[-1]] if re.fullmatch(r"\d{5}[DN]", stem) else ""
+    return (
+        last
+        if last in KINDS
+        else {"D": "day", "N": "night"}[stem[-1]]
+        if re.fullmatch(r"\d{5}[DN]", stem)
+        else ""
+    )
 
+# %% ../../nbs/08_tasks/03_results.ipynb #fdb75295
 def weights_by_kind(
     stems: Sequence[str],  # names of n images
     resamples: int = 200,
@@ -66,7 +75,10 @@ def weights_by_kind(
         yield kind, len(at), times
 
 # %% ../../nbs/08_tasks/03_results.ipynb #32247513
-TASK_COLUMNS = ("task", "set", "input", "seed", "kind", "metric", "value", "low", "high", "n_images", "conditions", "revision")
+TASK_COLUMNS = (
+    "task", "set", "input", "seed", "kind", "metric", "value", "low", "high", "n_images", "conditions",
+    "revision",
+)
 
 def score_table(
     measure: Callable[[np.ndarray], np.ndarray],  # from (1+R)×n weights of images to (1+R)×M scores
@@ -81,7 +93,10 @@ def score_table(
     for kind, n, times in weights_by_kind(stems, resamples):
         found = measure(times)
         columns = zip(metrics, found[0], *interval(found[1:]))
-        rows += [{"kind": kind, "metric": m, "value": v, "low": a, "high": b, "n_images": n} for m, v, a, b in columns]
+        rows += [
+            {"kind": kind, "metric": m, "value": v, "low": a, "high": b, "n_images": n}
+            for m, v, a, b in columns
+        ]
     return pd.DataFrame(rows).assign(**labels)[list(TASK_COLUMNS)]
 
 # %% ../../nbs/08_tasks/03_results.ipynb #32012f86
@@ -91,8 +106,10 @@ def check_alike(
 ) -> None:
     "Raise `InputError` unless two results were measured on the same ground."
     for what, (one, two) in parts.items():
-        if one != two: raise InputError(f"{names[1]}: has other {what} than {names[0]}; run the stage alike for both")
+        if one != two:
+            raise InputError(f"{names[1]}: has other {what} than {names[0]}; run the stage alike for both")
 
+# %% ../../nbs/08_tasks/03_results.ipynb #89cef518
 def difference_table(
     first: Sequence[Callable[[np.ndarray], np.ndarray]],  # a measure a seed, see `score_table`
     second: Sequence[Callable[[np.ndarray], np.ndarray]],  # the same seeds of the other input
@@ -104,40 +121,69 @@ def difference_table(
     "Second minus first input on the same images, with 95 % intervals, for all and for each kind of scene."
     rows = []
     for kind, n, times in weights_by_kind(stems, resamples):
-        a, b = (np.stack([measure(times) for measure in side]) for side in (first, second))  # seeds × (1+R) × M
+        a, b = (
+            np.stack([measure(times) for measure in side]) for side in (first, second)
+        )  # seeds × (1+R) × M
         each = b[:, 0] - a[:, 0]
         spread = each.std(0, ddof=1) if len(each) > 1 else np.full(each.shape[1], np.nan)
-        columns = zip(metrics, a[:, 0].mean(0), b[:, 0].mean(0), each.mean(0), *interval(b[:, 1:].mean(0) - a[:, 1:].mean(0)), spread)
+        columns = zip(
+            metrics, a[:, 0].mean(0), b[:, 0].mean(0), each.mean(0),
+            *interval(b[:, 1:].mean(0) - a[:, 1:].mean(0)), spread,
+        )
         rows += [(kind, *column, n, len(each)) for column in columns]
-    return pd.DataFrame(rows, columns=["kind", "metric", "a", "b", "difference", "low", "high", "spread", "n_images", "n_seeds"])
+    return pd.DataFrame(
+        rows,
+        columns=["kind", "metric", "a", "b", "difference", "low", "high", "spread", "n_images", "n_seeds"],
+    )
 
 # %% ../../nbs/08_tasks/03_results.ipynb #4e6fd513
 def _read(path: Path) -> pd.DataFrame:
     "One file of rows."
     text = {c: str for c in ("task", "set", "input", "kind", "metric", "conditions", "revision")}
-    try: rows = pd.read_csv(path, dtype=text, keep_default_na=False, na_values={c: [""] for c in ("value", "low", "high")})
-    except (OSError, ValueError) as e: raise InputError(f"{path}: cannot be read as results of a task ({e}); run the stage 'segmentation' or 'detection'") from e
-    if lacking := [c for c in TASK_COLUMNS if c not in rows]: raise InputError(f"{path}: lacks the columns {', '.join(lacking)}; run the stage 'segmentation' or 'detection' again")
+    try:
+        rows = pd.read_csv(
+            path, dtype=text, keep_default_na=False, na_values={c: [""] for c in ("value", "low", "high")}
+        )
+    except (OSError, ValueError) as e:
+        raise InputError(
+            f"{path}: cannot be read as results of a task ({e}); run the stage 'segmentation' or 'detection'"
+        ) from e
+    if lacking := [c for c in TASK_COLUMNS if c not in rows]:
+        raise InputError(
+            f"{path}: lacks the columns {', '.join(lacking)}; run the stage 'segmentation' or 'detection' again"
+        )
     return rows[list(TASK_COLUMNS)]
 
+# %% ../../nbs/08_tasks/03_results.ipynb #06baab78
 def read_task_rows(
     paths: Iterable[str | Path],  # rows.csv files; a * stands for any part of a name
 ) -> pd.DataFrame:  # columns `TASK_COLUMNS`
     "Rows of several files; `InputError` for a file that is none, doubled rows, or unequal conditions."
     found = [Path(f) for p in paths for f in (sorted(glob(str(p))) or [p])]
-    if not found: raise InputError("rows: no file was named; run the stages 'segmentation' and 'detection' first")
+    if not found:
+        raise InputError("rows: no file was named; run the stages 'segmentation' and 'detection' first")
     rows = pd.concat([_read(path) for path in found], ignore_index=True)
     if (doubled := rows.duplicated(["task", "set", "input", "seed", "kind", "metric"])).any():
-        raise InputError(f"rows: {' '.join(map(str, rows.loc[doubled, ['task', 'input', 'seed', 'metric']].iloc[0]))} is there twice; name each file once")
+        raise InputError(
+            f"rows: {' '.join(map(str, rows.loc[doubled, ['task', 'input', 'seed', 'metric']].iloc[0]))} is there twice; name each file once"
+        )
     if (unequal := rows.groupby(["task", "set"])["conditions"].nunique() > 1).any():
-        raise InputError(f"rows: {' on '.join(unequal[unequal].index[0])} was measured under different networks, recipes or data; run the stage alike for each input")
+        raise InputError(
+            f"rows: {' on '.join(unequal[unequal].index[0])} was measured under different networks, recipes or data; run the stage alike for each input"
+        )
     return rows
 
 # %% ../../nbs/08_tasks/03_results.ipynb #3b644782
 PRINTED = {
-    "detection": {"people": "People", "car": "Car", "bus": "Bus", "lamp": "Lamp", "motorcycle": "Motor", "truck": "Truck", "mAP": "mAP"},
-    "segmentation": {"background": "Unlabelled", "car": "Car", "person": "Person", "bike": "Bike", "curve": "Curve", "car stop": "Stop",
-                     "guardrail": "Guardrail", "colour cone": "Cone", "bump": "Bump", "mAcc": "mAcc", "mIoU": "mIoU"},
+    "detection": {
+        "people": "People", "car": "Car", "bus": "Bus", "lamp": "Lamp", "motorcycle": "Motor",
+        "truck": "Truck", "mAP": "mAP",
+    },
+    "segmentation": {
+        "background": "Unlabelled", "car": "Car", "person": "Person", "bike": "Bike", "curve": "Curve",
+        "car stop": "Stop", "guardrail": "Guardrail", "colour cone": "Cone", "bump": "Bump", "mAcc": "mAcc",
+        "mIoU": "mIoU",
+    },
 }
 
 def as_measured(
@@ -147,14 +193,22 @@ def as_measured(
     kind: str = "all",  # of scene
 ) -> pd.DataFrame:  # set, method, metric, mean, low, high, n, seed, protocol, origin: what `smfnet.report.tables` reads
     "One task's rows with the names of the paper's columns; an input counts as a method. `InputError` if there are none."
-    if task not in PRINTED: raise InputError(f"task: {task!r} is unknown; choose one of {', '.join(PRINTED)}")
+    if task not in PRINTED:
+        raise InputError(f"task: {task!r} is unknown; choose one of {', '.join(PRINTED)}")
     part = rows[(rows["task"] == task) & (rows["kind"] == kind)]
-    if part.empty: raise InputError(f"rows: none of {task} on {kind} scenes; run the stage {task!r}")
+    if part.empty:
+        raise InputError(f"rows: none of {task} on {kind} scenes; run the stage {task!r}")
     names = part["metric"].map(PRINTED[task])
-    if names.isna().any(): raise InputError(f"rows: {part.loc[names.isna(), 'metric'].iloc[0]!r} is no class or mean of {task}")
+    if names.isna().any():
+        raise InputError(f"rows: {part.loc[names.isna(), 'metric'].iloc[0]!r} is no class or mean of {task}")
     order = names.map({name: i for i, name in enumerate(PRINTED[task].values())})
-    found = pd.DataFrame({"set": part["set"], "method": part["input"], "metric": names, "mean": part["value"], "low": part["low"], "high": part["high"],
-                          "n": part["n_images"], "seed": part["seed"], "protocol": "IoU" if task == "segmentation" else "AP@.5", "origin": "trained here"})
+    found = pd.DataFrame(
+        {
+            "set": part["set"], "method": part["input"], "metric": names, "mean": part["value"],
+            "low": part["low"], "high": part["high"], "n": part["n_images"], "seed": part["seed"],
+            "protocol": "IoU" if task == "segmentation" else "AP@.5", "origin": "trained here",
+        }
+    )
     return found.iloc[np.argsort(order.to_numpy(), kind="stable")].reset_index(drop=True)
 
 # %% ../../nbs/08_tasks/03_results.ipynb #675e1baa
@@ -166,9 +220,14 @@ def revision_remarks(
     now, said = revision_text() if now is None else now, []
     for (task, name), part in rows.groupby(["task", "set"], sort=False):
         seeds, images = part["seed"].nunique(), part.loc[part["kind"] == "all", "n_images"].max()
-        said.append(f"{task} on {name}: {images} test images, {seeds} seed{'s' * (seeds != 1)}, conditions {part['conditions'].iloc[0]}.")
+        said.append(
+            f"{task} on {name}: {images} test images, {seeds} seed{'s' * (seeds != 1)}, conditions {part['conditions'].iloc[0]}."
+        )
         for revision, old in part.groupby("revision", sort=False):
-            if revision != now: said.append(f"Computed earlier at revision {revision}, not at the present one ({now}): {', '.join(old['input'].unique())}.")
+            if revision != now:
+                said.append(
+                    f"Computed earlier at revision {revision}, not at the present one ({now}): {', '.join(old['input'].unique())}."
+                )
     return said
 
 # %% ../../nbs/08_tasks/03_results.ipynb #971b1fba
@@ -179,12 +238,22 @@ def result_folders(
     "Where the results of each input lie; `InputError` for missing results, or results under other conditions."
     found, states = {}, set()
     for folder in (Path(p) for f in folders for p in (sorted(glob(str(f))) if "*" in str(f) else [str(f)])):
-        try: row = pd.read_csv(folder / "rows.csv", dtype={"conditions": str}).iloc[0]
-        except (OSError, ValueError, IndexError) as e: raise InputError(f"{folder}: holds no results of a {task} ({e}); run the stage first") from e
-        if row["input"] in found: raise InputError(f"{folder}: a second result for the input {row['input']!r}; name each input once")
-        states.add(row["conditions"]); found[row["input"]] = folder
-    if not found: raise InputError(f"results: no folder was found; run the stage {task} first")
-    if len(states) > 1: raise InputError(f"results: were made under different networks, recipes or data; run the stage {task} alike for each input")
+        try:
+            row = pd.read_csv(folder / "rows.csv", dtype={"conditions": str}).iloc[0]
+        except (OSError, ValueError, IndexError) as e:
+            raise InputError(f"{folder}: holds no results of a {task} ({e}); run the stage first") from e
+        if row["input"] in found:
+            raise InputError(
+                f"{folder}: a second result for the input {row['input']!r}; name each input once"
+            )
+        states.add(row["conditions"])
+        found[row["input"]] = folder
+    if not found:
+        raise InputError(f"results: no folder was found; run the stage {task} first")
+    if len(states) > 1:
+        raise InputError(
+            f"results: were made under different networks, recipes or data; run the stage {task} alike for each input"
+        )
     return found
 
 # %% ../../nbs/08_tasks/03_results.ipynb #27e2e29d

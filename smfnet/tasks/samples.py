@@ -24,21 +24,35 @@ from ..data.scenes import M3FD_CLASSES, MFNET_CLASSES
 # %% ../../nbs/08_tasks/01_samples.ipynb #39b7fbf3
 SOURCES = ("infrared", "visible", "stacked")  # inputs that need no fused images
 
+# %% ../../nbs/08_tasks/01_samples.ipynb #72518451
 def _source_bytes(pair, name: str) -> np.ndarray:
     "Bytes of an input that is made from the pair alone, H×W×C uint8."
     byte = lambda x: np.rint(np.clip(x, 0, 1) * 255).astype(np.uint8)
     ir = byte(pair.ir)[..., None]
     if name == "infrared": return ir.repeat(3, axis=2)
-    visible = byte(pair.vis)[..., None].repeat(3, axis=2) if pair.chroma is None else byte(ycbcr_to_rgb(pair.vis, *pair.chroma))
+    visible = (
+        byte(pair.vis)[..., None].repeat(3, axis=2)
+        if pair.chroma is None
+        else byte(ycbcr_to_rgb(pair.vis, *pair.chroma))
+    )
     return visible if name == "visible" else np.concatenate([visible, ir], axis=2)
 
+# %% ../../nbs/08_tasks/01_samples.ipynb #21644def
 def _fused_bytes(path: Path, shape: tuple[int, int]) -> np.ndarray:
     "Bytes of a fused image, H×W×3 uint8; `InputError` for one of another size."
     px = read_pixels(path)
-    if px.values.shape[:2] != shape: raise InputError(f"{path}: {px.values.shape[1]}×{px.values.shape[0]} pixels, but its sources have {shape[1]}×{shape[0]}; fuse the set again")
-    if px.full is None: raise InputError(f"{path}: {px.mode} pixels have no natural white; save the image with 8 or 16 bits")
+    if px.values.shape[:2] != shape:
+        raise InputError(
+            f"{path}: {px.values.shape[1]}×{px.values.shape[0]} pixels, but its sources have {shape[1]}×{shape[0]}; fuse the set again"
+        )
+    if px.full is None:
+        raise InputError(f"{path}: {px.mode} pixels have no natural white; save the image with 8 or 16 bits")
     values = np.rint(px.values.astype(np.float32) * np.float32(255 / px.full)).astype(np.uint8)
-    return values[..., :3] if values.ndim == 3 and values.shape[2] >= 3 else values.reshape(*shape, -1)[..., :1].repeat(3, axis=2)
+    return (
+        values[..., :3]
+        if values.ndim == 3 and values.shape[2] >= 3
+        else values.reshape(*shape, -1)[..., :1].repeat(3, axis=2)
+    )
 
 # %% ../../nbs/08_tasks/01_samples.ipynb #300c2afb
 class Samples(Sequence):
@@ -53,7 +67,8 @@ class Samples(Sequence):
         size: tuple[int, int] | None = None,  # H, W, to which everything is resized; None: as it is
         memory: int = 4 << 30,  # bytes of pictures and masks to remember
     ):
-        if targets not in ("mask", "boxes"): raise InputError(f"targets: {targets!r} is unknown; choose mask or boxes")
+        if targets not in ("mask", "boxes"):
+            raise InputError(f"targets: {targets!r} is unknown; choose mask or boxes")
         self.pairs, self.input, self.targets, self.size, self.memory = pairs, input, targets, size, memory
         self.files = {} if input in SOURCES else _fused_files(pairs, input, fused)
         self.channels, self.kept, self.used = 4 if input == "stacked" else 3, {}, 0
@@ -76,14 +91,20 @@ class Samples(Sequence):
 # %% ../../nbs/08_tasks/01_samples.ipynb #5aabd678
 def _fused_files(pairs: PairSet, name: str, fused) -> dict[str, Path]:
     "The fused image of each pair; `InputError` for the first that is missing or there twice."
-    if fused is None: raise InputError(f"input: {name!r} is none of {', '.join(SOURCES)}; for a fused method name the folder: fused=DIR with {name}/<stem>.png")
+    if fused is None:
+        raise InputError(
+            f"input: {name!r} is none of {', '.join(SOURCES)}; for a fused method name the folder: fused=DIR with {name}/<stem>.png"
+        )
     folder = Path(fused, name)
-    if not folder.is_dir(): raise InputError(f"{folder}: no such folder; fuse this set with the method {name!r} first")
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; fuse this set with the method {name!r} first")
     found = list_images(folder)
     for stem in pairs.stems:
-        if len(found.get(stem, [])) != 1: raise InputError(f"{folder}: {len(found.get(stem, []))} images named {stem}.*; there must be one")
+        if len(found.get(stem, [])) != 1:
+            raise InputError(f"{folder}: {len(found.get(stem, []))} images named {stem}.*; there must be one")
     return {stem: found[stem][0] for stem in pairs.stems}
 
+# %% ../../nbs/08_tasks/01_samples.ipynb #0601c83f
 def _resized(image: np.ndarray, size: tuple[int, int] | None, how) -> np.ndarray:
     "An image or mask at another size; each channel by itself."
     if size is None or image.shape[:2] == tuple(size): return image
@@ -95,28 +116,40 @@ def _remembered(self: Samples, i: int, make) -> np.ndarray:
     "What `make` gives of pair i, remembered while there is memory."
     if (make, i) in self.kept: return self.kept[make, i]
     found = make(self, i)
-    if self.used + found.nbytes <= self.memory: self.kept[make, i], self.used = found, self.used + found.nbytes
+    if self.used + found.nbytes <= self.memory:
+        self.kept[make, i], self.used = found, self.used + found.nbytes
     return found
 
+# %% ../../nbs/08_tasks/01_samples.ipynb #ac88572c
 def _bytes(self: Samples, i: int) -> np.ndarray:
     "Picture i, H×W×C uint8."
     pair = self.pairs[i]
-    image = _fused_bytes(self.files[pair.stem], pair.ir.shape) if self.files else _source_bytes(pair, self.input)
+    image = (
+        _fused_bytes(self.files[pair.stem], pair.ir.shape) if self.files else _source_bytes(pair, self.input)
+    )
     return _resized(image, self.size, Image.Resampling.BILINEAR)
 
+# %% ../../nbs/08_tasks/01_samples.ipynb #73cb6dff
 def _mask(self: Samples, i: int) -> np.ndarray:
     "Mask i, H×W uint8."
-    if (found := self.pairs[i].mask) is None: raise InputError(f"{self.pairs!r}, {self.stems[i]}: there is no mask; add a folder masks/ beside the images")
+    if (found := self.pairs[i].mask) is None:
+        raise InputError(
+            f"{self.pairs!r}, {self.stems[i]}: there is no mask; add a folder masks/ beside the images"
+        )
     return _resized(found, self.size, Image.Resampling.NEAREST)
 
+# %% ../../nbs/08_tasks/01_samples.ipynb #d10c4948
 @patch
 def image(
     self: Samples,
     i: int,  # position in the set
 ) -> np.ndarray:  # C×H×W float32, [0,1]
     "Picture i."
-    return np.ascontiguousarray(_remembered(self, i, _bytes).transpose(2, 0, 1)).astype(np.float32) / np.float32(255)
+    return np.ascontiguousarray(_remembered(self, i, _bytes).transpose(2, 0, 1)).astype(
+        np.float32
+    ) / np.float32(255)
 
+# %% ../../nbs/08_tasks/01_samples.ipynb #98f73a9a
 @patch
 def mask(
     self: Samples,
@@ -125,6 +158,7 @@ def mask(
     "Mask of picture i; `InputError` if there is none, or it has another size or unknown classes."
     return _remembered(self, i, _mask)
 
+# %% ../../nbs/08_tasks/01_samples.ipynb #d50ca7c3
 @patch
 def boxes(
     self: Samples,
@@ -132,9 +166,15 @@ def boxes(
 ) -> Boxes:  # in pixels of the (resized) picture
     "Objects of picture i; `InputError` if there is no annotation, or a box leaves the picture."
     found, (h, w) = self.pairs[i].boxes, self.pairs[i].ir.shape
-    if found is None: raise InputError(f"{self.pairs!r}, {self.stems[i]}: there is no annotation; add a folder boxes/ beside the images")
+    if found is None:
+        raise InputError(
+            f"{self.pairs!r}, {self.stems[i]}: there is no annotation; add a folder boxes/ beside the images"
+        )
     over = (found.boxes - np.array([w, h, w, h], np.float32)).max(initial=-1)
-    if over > 1: raise InputError(f"{getattr(self.pairs[i].source, 'objects', self.stems[i])}: a box reaches {over:g} pixels over the {w}×{h} image; annotation and image do not belong together")
+    if over > 1:
+        raise InputError(
+            f"{getattr(self.pairs[i].source, 'objects', self.stems[i])}: a box reaches {over:g} pixels over the {w}×{h} image; annotation and image do not belong together"
+        )
     bounded = np.minimum(found.boxes, np.array([w, h, w, h], np.float32))
     y, x = (1, 1) if self.size is None else (self.size[0] / h, self.size[1] / w)
     return Boxes((bounded * np.array([x, y, x, y])).astype(np.float32), found.labels, found.classes)
@@ -148,7 +188,8 @@ def fingerprint(
     "A checksum of the names, pictures and targets of the set."
     h = hashlib.sha256(repr((self.input, self.stems, self.size, *settings)).encode())
     for image, target in self:
-        for part in (image, *(target[:2] if self.targets == "boxes" else [target])): h.update(np.ascontiguousarray(part).tobytes())
+        for part in (image, *(target[:2] if self.targets == "boxes" else [target])):
+            h.update(np.ascontiguousarray(part).tobytes())
     return h.hexdigest()
 
 # %% ../../nbs/08_tasks/01_samples.ipynb #42dbfbb9
@@ -164,10 +205,15 @@ def cropped_boxes(
     moved = boxes[inside] - np.array([x0, y0, x0, y0], np.float32)
     return np.clip(moved, 0, np.array([x1 - x0, y1 - y0] * 2, np.float32)), labels[inside]
 
+# %% ../../nbs/08_tasks/01_samples.ipynb #c053bfed
 def _padded(items: list[np.ndarray]) -> Tensor:
     "Lists of different lengths as one tensor, filled up with -1."
     longest = max(1, *(len(x) for x in items))
-    return torch.from_numpy(np.stack([np.pad(x, [(0, longest - len(x))] + [(0, 0)] * (x.ndim - 1), constant_values=-1) for x in items]))
+    return torch.from_numpy(
+        np.stack(
+            [np.pad(x, [(0, longest - len(x))] + [(0, 0)] * (x.ndim - 1), constant_values=-1) for x in items]
+        )
+    )
 
 # %% ../../nbs/08_tasks/01_samples.ipynb #e54e1330
 class TaskBatches:
@@ -180,11 +226,16 @@ class TaskBatches:
         flips: bool = True,  # mirror left and right at random
         seed: int = 0,  # of order, crops and flips
     ):
-        if not len(samples): raise InputError("samples: the set is empty")
+        if not len(samples):
+            raise InputError("samples: the set is empty")
         self.samples, self.crop, self.flips, self.seed = samples, crop, flips, seed
         shapes = {samples.size or p.ir.shape for p in samples.pairs}
-        if crop and (small := min(min(s) for s in shapes)) < crop: raise InputError(f"crop: {crop} pixels, but the smallest picture has {small}; choose a smaller crop")
-        if not crop and len(shapes) > 1: raise InputError(f"pictures of {len(shapes)} sizes cannot share a batch; name a size or a crop")
+        if crop and (small := min(min(s) for s in shapes)) < crop:
+            raise InputError(
+                f"crop: {crop} pixels, but the smallest picture has {small}; choose a smaller crop"
+            )
+        if not crop and len(shapes) > 1:
+            raise InputError(f"pictures of {len(shapes)} sizes cannot share a batch; name a size or a crop")
 
     def __len__(self) -> int: return len(self.samples)
 
@@ -206,6 +257,7 @@ def _window(self: TaskBatches, rng: np.random.Generator, h: int, w: int) -> tupl
     x, y = rng.integers(0, w - self.crop + 1), rng.integers(0, h - self.crop + 1)
     return x, y, x + self.crop, y + self.crop
 
+# %% ../../nbs/08_tasks/01_samples.ipynb #1c322e32
 @patch
 def sample(
     self: TaskBatches,
@@ -220,9 +272,11 @@ def sample(
     out = {"image": image[:, y0:y1, x0:x1][..., ::step]}
     if s.targets == "mask": return out | {"mask": s.mask(index)[y0:y1, x0:x1][:, ::step].astype(np.int64)}
     boxes, labels = cropped_boxes(*s.boxes(index)[:2], window)
-    if step < 0: boxes = np.stack([x1 - x0 - boxes[:, 2], boxes[:, 1], x1 - x0 - boxes[:, 0], boxes[:, 3]], axis=1)
+    if step < 0:
+        boxes = np.stack([x1 - x0 - boxes[:, 2], boxes[:, 1], x1 - x0 - boxes[:, 0], boxes[:, 3]], axis=1)
     return out | {"boxes": boxes, "labels": labels}
 
+# %% ../../nbs/08_tasks/01_samples.ipynb #9c8b6059
 @patch
 def batches(
     self: TaskBatches,
@@ -233,8 +287,14 @@ def batches(
     share: tuple[int, int] = (0, 1),  # (process, number of processes): which part of every batch to give
 ) -> Iterator[dict[str, Tensor]]:
     "The batches of one epoch from any position."
-    if size > len(self): raise InputError(f"batch: {size} samples, but the data has only {len(self)}; choose a smaller batch")
+    if size > len(self):
+        raise InputError(f"batch: {size} samples, but the data has only {len(self)}; choose a smaller batch")
     order, part = self.order(epoch), size // share[1]
     for first in range(start * size + share[0] * part, len(order) // size * size, size):
         items = [self.sample(epoch, int(i)) for i in order[first:first + part]]
-        yield {k: _padded([x[k] for x in items]) if k in ("boxes", "labels") else torch.from_numpy(np.stack([x[k] for x in items])) for k in items[0]}
+        yield {
+            k: _padded([x[k] for x in items])
+            if k in ("boxes", "labels")
+            else torch.from_numpy(np.stack([x[k] for x in items]))
+            for k in items[0]
+        }

@@ -50,26 +50,37 @@ class SegmenterConfig:
     class_weights: tuple[float, ...] = ()  # of the loss, one a class; empty: all 1, as in the paper
 
     def __post_init__(self):
-        for name in ("widths", "depths", "rates", "class_weights"): object.__setattr__(self, name, tuple(getattr(self, name)))
-        if len(self.widths) != 4 or len(self.depths) != 4: raise InputError("widths, depths: give four numbers each, one a stage of the ResNet")
-        if len(self.class_weights) not in (0, self.classes): raise InputError(f"class_weights: {len(self.class_weights)} numbers for {self.classes} classes; give one a class, or none")
-        if self.block not in ("basic", "bottleneck"): raise InputError(f"block: {self.block!r} is unknown; choose basic or bottleneck")
+        for name in ("widths", "depths", "rates", "class_weights"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if len(self.widths) != 4 or len(self.depths) != 4:
+            raise InputError("widths, depths: give four numbers each, one a stage of the ResNet")
+        if len(self.class_weights) not in (0, self.classes):
+            raise InputError(
+                f"class_weights: {len(self.class_weights)} numbers for {self.classes} classes; give one a class, or none"
+            )
+        if self.block not in ("basic", "bottleneck"):
+            raise InputError(f"block: {self.block!r} is unknown; choose basic or bottleneck")
 
     def stored(self) -> dict:  # plain values
         "What files remember."
         return json.loads(json.dumps(asdict(self)))
 
-
 # %% ../../nbs/08_tasks/04_segmentation.ipynb #2be12448
-SEGMENTERS = {"paper": SegmenterConfig(),
-              "tiny": SegmenterConfig(stem=32, widths=(32, 64, 96, 128), depths=(1, 1, 1, 1), block="basic", pyramid=64, rates=(2, 4, 6), detail=32)}
+SEGMENTERS = {
+    "paper": SegmenterConfig(),
+    "tiny": SegmenterConfig(
+        stem=32, widths=(32, 64, 96, 128), depths=(1, 1, 1, 1), block="basic", pyramid=64, rates=(2, 4, 6),
+        detail=32,
+    ),
+}
 
 def segmenter_config(
     preset: str = "tiny",  # a key of `SEGMENTERS`
     **overrides,  # fields of `SegmenterConfig` to replace
 ) -> SegmenterConfig:
     "The configuration of a preset with fields replaced; `InputError` for unknown names."
-    if preset not in SEGMENTERS: raise InputError(f"preset: {preset!r} is unknown; choose one of {', '.join(SEGMENTERS)}")
+    if preset not in SEGMENTERS:
+        raise InputError(f"preset: {preset!r} is unknown; choose one of {', '.join(SEGMENTERS)}")
     return change(SEGMENTERS[preset], **overrides)
 
 # %% ../../nbs/08_tasks/04_segmentation.ipynb #cf8afbd5
@@ -83,31 +94,48 @@ def dilate(
             m.stride = (1, 1)
             if m.kernel_size == (3, 3): m.dilation = m.padding = (rate, rate)
 
+# %% ../../nbs/08_tasks/04_segmentation.ipynb #788a4b76
 def _transformers():
     "The library that brings the ResNet; `InputError` if it is not installed."
-    try: import transformers
-    except ImportError as e: raise InputError("segmentation needs the package transformers; run: pip install 'smfnet[downstream]'") from e
+    try:
+        import transformers
+    except ImportError as e:
+        raise InputError(
+            "segmentation needs the package transformers; run: pip install 'smfnet[downstream]'"
+        ) from e
     return transformers
 
+# %% ../../nbs/08_tasks/04_segmentation.ipynb #244cddf2
 def make_backbone(
     c: SegmenterConfig,
 ) -> nn.Module:  # gives the features at strides 4 and 16
     "A ResNet with random weights, output stride 16."
     t = _transformers()
-    net = t.AutoBackbone.from_config(t.ResNetConfig(num_channels=c.channels, embedding_size=c.stem, hidden_sizes=list(c.widths), depths=list(c.depths),
-                                                    layer_type=c.block, out_features=["stage1", "stage4"]))
+    net = t.AutoBackbone.from_config(
+        t.ResNetConfig(
+            num_channels=c.channels, embedding_size=c.stem, hidden_sizes=list(c.widths),
+            depths=list(c.depths), layer_type=c.block, out_features=["stage1", "stage4"],
+        )
+    )
     dilate(net.encoder.stages[3])
     return net
 
 # %% ../../nbs/08_tasks/04_segmentation.ipynb #3c6c25c3
 def _conv(inside: int, outside: int, groups: int = 1, **options) -> nn.Sequential:
     "Convolution, normalisation, rectifier."
-    return nn.Sequential(nn.Conv2d(inside, outside, bias=False, groups=groups, **options), nn.BatchNorm2d(outside), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(inside, outside, bias=False, groups=groups, **options), nn.BatchNorm2d(outside), nn.ReLU()
+    )
 
+# %% ../../nbs/08_tasks/04_segmentation.ipynb #5482ae79
 def _separable(inside: int, outside: int, rate: int = 1) -> nn.Sequential:
     "A dilated 3×3 convolution of each channel, then a 1×1 convolution."
-    return nn.Sequential(_conv(inside, inside, inside, kernel_size=3, padding=rate, dilation=rate), _conv(inside, outside, kernel_size=1))
+    return nn.Sequential(
+        _conv(inside, inside, inside, kernel_size=3, padding=rate, dilation=rate),
+        _conv(inside, outside, kernel_size=1),
+    )
 
+# %% ../../nbs/08_tasks/04_segmentation.ipynb #f2dcd4dd
 class Pyramid(nn.Module):
     "Atrous spatial pyramid pooling."
     def __init__(
@@ -117,8 +145,12 @@ class Pyramid(nn.Module):
         rates: Sequence[int],  # dilation of the 3×3 branches
     ):
         super().__init__()
-        self.branches = nn.ModuleList([_conv(inside, outside, kernel_size=1), *(_separable(inside, outside, r) for r in rates)])
-        self.whole = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(inside, outside, 1), nn.ReLU())  # without normalisation: one value a picture
+        self.branches = nn.ModuleList(
+            [_conv(inside, outside, kernel_size=1), *(_separable(inside, outside, r) for r in rates)]
+        )
+        self.whole = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(inside, outside, 1), nn.ReLU()
+        )  # without normalisation: one value a picture
         self.join = _conv((len(rates) + 2) * outside, outside, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:  # B×outside×h×w
@@ -138,9 +170,17 @@ class Segmenter(TaskNetwork):
     ):
         super().__init__(config)
         c, self.backbone = config, make_backbone(config)
-        self.pyramid, self.detail = Pyramid(c.widths[3], c.pyramid, c.rates), _conv(c.widths[0], c.detail, kernel_size=1)
-        self.register_buffer("class_weights", torch.tensor(c.class_weights or (1.0,) * c.classes), persistent=False)
-        self.refine = nn.Sequential(_separable(c.pyramid + c.detail, c.pyramid), _separable(c.pyramid, c.pyramid), nn.Conv2d(c.pyramid, c.classes, 1))
+        self.pyramid, self.detail = (
+            Pyramid(c.widths[3], c.pyramid, c.rates),
+            _conv(c.widths[0], c.detail, kernel_size=1),
+        )
+        self.register_buffer(
+            "class_weights", torch.tensor(c.class_weights or (1.0,) * c.classes), persistent=False
+        )
+        self.refine = nn.Sequential(
+            _separable(c.pyramid + c.detail, c.pyramid), _separable(c.pyramid, c.pyramid),
+            nn.Conv2d(c.pyramid, c.classes, 1),
+        )
 
     def forward(
         self,
@@ -149,7 +189,10 @@ class Segmenter(TaskNetwork):
         "Scores of every class at every pixel; `InputError` for another number of channels."
         fine, coarse = self.backbone(self.centred(image)).feature_maps
         coarse = F.interpolate(self.pyramid(coarse), fine.shape[-2:], mode="bilinear", align_corners=False)
-        return F.interpolate(self.refine(torch.cat([coarse, self.detail(fine)], 1)), image.shape[-2:], mode="bilinear", align_corners=False)
+        return F.interpolate(
+            self.refine(torch.cat([coarse, self.detail(fine)], 1)), image.shape[-2:], mode="bilinear",
+            align_corners=False,
+        )
 
 # %% ../../nbs/08_tasks/04_segmentation.ipynb #d6a9eac7
 def cross_entropy(
@@ -161,6 +204,7 @@ def cross_entropy(
     total = F.cross_entropy(logits, mask, weights, ignore_index=IGNORE, reduction="sum")
     return total / (weights[mask.clamp(max=len(weights) - 1)] * (mask != IGNORE)).sum().clamp(min=1e-6)
 
+# %% ../../nbs/08_tasks/04_segmentation.ipynb #37f4e275
 @patch
 def loss(
     self: Segmenter,
@@ -168,10 +212,14 @@ def loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # total and detached terms
     "Cross entropy of a batch; `InputError` if mask and image differ in size."
     image, mask = batch["image"], batch["mask"]
-    if mask.shape != (image.shape[0], *image.shape[2:]): raise InputError(f"mask: {tuple(mask.shape)}, but the images are {tuple(image.shape)}; a mask needs the size of its image")
+    if mask.shape != (image.shape[0], *image.shape[2:]):
+        raise InputError(
+            f"mask: {tuple(mask.shape)}, but the images are {tuple(image.shape)}; a mask needs the size of its image"
+        )
     total = cross_entropy(self(image), mask, self.class_weights)
     return total, {"cross_entropy": total.detach()}
 
+# %% ../../nbs/08_tasks/04_segmentation.ipynb #bf52c38f
 @patch
 @torch.no_grad()
 def predict(
@@ -205,13 +253,16 @@ class SegmentationRecipe(TaskRecipe):
 
     def __post_init__(self):
         super().__post_init__()
-        if 0 < self.balance <= 1: raise InputError(f"balance: {self.balance!r}; give a number above 1, or 0 for no weights")
+        if 0 < self.balance <= 1:
+            raise InputError(f"balance: {self.balance!r}; give a number above 1, or 0 for no weights")
 
+# %% ../../nbs/08_tasks/04_segmentation.ipynb #0aca8dd9
 SEGMENTATION_RECIPES = {
     "paper": SegmentationRecipe(epochs=(300,), lr=1e-2, batch=8, crop=480),
     "demo": SegmentationRecipe(epochs=(30,), lr=5e-2, batch=4, crop=96, clip=5.0, balance=1.1),
 }
 
+# %% ../../nbs/08_tasks/04_segmentation.ipynb #2154e252
 def class_weights(
     pixels: np.ndarray,  # K, number of pixels of each class
     balance: float,  # c, above 1; 0: no weights
@@ -219,12 +270,14 @@ def class_weights(
     "Weights of the loss from the shares of the classes."
     return tuple(np.round(1 / np.log(balance + pixels / pixels.sum()), 4).tolist()) if balance else ()
 
+# %% ../../nbs/08_tasks/04_segmentation.ipynb #34028721
 def segmentation_recipe(
     name: str = "demo",  # a key of `SEGMENTATION_RECIPES`
     **settings,  # fields of `SegmentationRecipe` to replace
 ) -> SegmentationRecipe:
     "A named recipe with fields replaced; `InputError` for unknown names."
-    if name not in SEGMENTATION_RECIPES: raise InputError(f"recipe: {name!r} is unknown; choose one of {', '.join(SEGMENTATION_RECIPES)}")
+    if name not in SEGMENTATION_RECIPES:
+        raise InputError(f"recipe: {name!r} is unknown; choose one of {', '.join(SEGMENTATION_RECIPES)}")
     return change(SEGMENTATION_RECIPES[name], **settings)
 
 # %% ../../nbs/08_tasks/04_segmentation.ipynb #28dec2a0
@@ -242,9 +295,15 @@ def train_segmenter(
 ) -> TaskTrainer:  # `.model` is the network, `.progress.done` tells whether it is complete
     "Train a segmenter, or continue where an interrupted call stopped; `InputError` for masks that do not fit."
     weights = class_weights(check_masks(train), r.balance)
-    config = replace(config or SEGMENTERS["tiny"], channels=train.channels, classes=len(train.classes), class_weights=weights)
+    config = replace(
+        config or SEGMENTERS["tiny"], channels=train.channels, classes=len(train.classes),
+        class_weights=weights,
+    )
     model = new_segmenter(config, seed=seed, backbone=backbone)
-    trainer = TaskTrainer(model, TaskBatches(train, crop=r.crop or None, flips=r.flips, seed=seed), r, folder, seed=seed, device=device)
+    trainer = TaskTrainer(
+        model, TaskBatches(train, crop=r.crop or None, flips=r.flips, seed=seed), r, folder, seed=seed,
+        device=device,
+    )
     trainer.resume()
     if not trainer.progress.done: trainer.fit(minutes=minutes, progress=progress)
     return trainer
@@ -257,11 +316,17 @@ def check_masks(
     classes, total = len(samples.classes), np.zeros(256, np.int64)
     for i, stem in enumerate(samples.stems):
         mask, shape = samples.mask(i), samples.image(i).shape[1:]
-        if mask.shape != shape: raise InputError(f"{stem}: the mask has {mask.shape[1]}×{mask.shape[0]} pixels, its picture {shape[1]}×{shape[0]}; both need one size")
+        if mask.shape != shape:
+            raise InputError(
+                f"{stem}: the mask has {mask.shape[1]}×{mask.shape[0]} pixels, its picture {shape[1]}×{shape[0]}; both need one size"
+            )
         total += np.bincount(mask.ravel(), minlength=256)
     if len(unknown := [k for k in np.flatnonzero(total) if k >= classes and k != IGNORE]):
-        raise InputError(f"masks: hold the class {unknown[0]}, but the set has {classes} classes (0 to {classes - 1}) and {IGNORE} for ignored pixels; correct the masks")
-    if not total[:classes].sum(): raise InputError("masks: every pixel of the set is ignored; there is nothing to learn or to measure")
+        raise InputError(
+            f"masks: hold the class {unknown[0]}, but the set has {classes} classes (0 to {classes - 1}) and {IGNORE} for ignored pixels; correct the masks"
+        )
+    if not total[:classes].sum():
+        raise InputError("masks: every pixel of the set is ignored; there is nothing to learn or to measure")
     return total[:classes]
 
 # %% ../../nbs/08_tasks/04_segmentation.ipynb #9c24f485
@@ -272,11 +337,15 @@ def confusion_matrix(
 ) -> np.ndarray:  # classes×classes int64; rows are the truth
     "Pixels of each true class by the class they were given; `InputError` for other sizes or unknown classes."
     t, p = np.asarray(truth), np.asarray(predicted)
-    if t.shape != p.shape: raise InputError(f"prediction: {p.shape}, but its mask is {t.shape}; both need one size")
+    if t.shape != p.shape:
+        raise InputError(f"prediction: {p.shape}, but its mask is {t.shape}; both need one size")
     counted = t != IGNORE
     t, p = t[counted].astype(np.int64), p[counted].astype(np.int64)
     for name, x in (("mask", t), ("prediction", p)):
-        if x.size and not 0 <= x.min() <= x.max() < classes: raise InputError(f"{name}: classes {x.min()} to {x.max()}, expected 0 to {classes - 1}; see the classes of the set")
+        if x.size and not 0 <= x.min() <= x.max() < classes:
+            raise InputError(
+                f"{name}: classes {x.min()} to {x.max()}, expected 0 to {classes - 1}; see the classes of the set"
+            )
     return np.bincount(t * classes + p, minlength=classes * classes).reshape(classes, classes)
 
 # %% ../../nbs/08_tasks/04_segmentation.ipynb #8c9d0420
@@ -286,9 +355,11 @@ def scores(
     "IoU and accuracy of each class and their means; NaN where nothing is defined."
     n = np.asarray(counts, np.float64)
     hit, true, called = np.diagonal(n, axis1=-2, axis2=-1), n.sum(-1), n.sum(-2)
-    with np.errstate(invalid="ignore", divide="ignore"): iou, accuracy = hit / (true + called - hit), hit / true
+    with np.errstate(invalid="ignore", divide="ignore"):
+        iou, accuracy = hit / (true + called - hit), hit / true
     return {"IoU": iou, "accuracy": accuracy, "mIoU": defined_mean(iou), "mAcc": defined_mean(accuracy)}
 
+# %% ../../nbs/08_tasks/04_segmentation.ipynb #cd636502
 def absent(
     counts: np.ndarray,  # K×K, rows are the truth
     classes: Sequence[str],  # names
@@ -296,6 +367,7 @@ def absent(
     "Classes without an IoU: neither true nor predicted anywhere."
     return [name for name, x in zip(classes, scores(counts)["IoU"]) if np.isnan(x)]
 
+# %% ../../nbs/08_tasks/04_segmentation.ipynb #d6997944
 def constant(
     counts: np.ndarray,  # …×K×K
     label: int = 0,  # what is said of every pixel
@@ -331,7 +403,10 @@ def evaluate(
 ) -> np.ndarray:  # n×K×K int64, one confusion matrix a picture
     "Segment every picture and count; `InputError` for masks that do not fit."
     check_masks(samples)
-    if samples.channels != model.config.channels: raise InputError(f"input: {samples.input!r} has {samples.channels} channels, the segmenter takes {model.config.channels}; use what it was trained for")
+    if samples.channels != model.config.channels:
+        raise InputError(
+            f"input: {samples.input!r} has {samples.channels} channels, the segmenter takes {model.config.channels}; use what it was trained for"
+        )
     model, counts = model.to(device), []
     for i, stem in enumerate(tqdm(samples.stems, desc="segment", disable=not progress)):
         found = model.predict(torch.from_numpy(samples.image(i))[None].to(device))[0].cpu().numpy()
@@ -339,6 +414,7 @@ def evaluate(
         if out is not None: _write_mask(Path(out, f"{stem}.png"), found)
     return np.stack(counts)
 
+# %% ../../nbs/08_tasks/04_segmentation.ipynb #e95d8634
 def _write_mask(path: Path, mask: np.ndarray) -> None:
     "A mask as an 8-bit PNG of class numbers."
     with atomic_path(path) as part: Image.fromarray(mask).save(part, format="PNG")
@@ -350,9 +426,12 @@ def weighted_scores(
 ) -> np.ndarray:  # R×(K+2)
     "IoU of each class, mIoU and mAcc of the summed matrices of each resample."
     n, k = counts.shape[:2]
-    total = scores((times.astype(np.float64) @ counts.reshape(n, -1)).reshape(-1, k, k))  # exact: sums stay below 2**53
+    total = scores(
+        (times.astype(np.float64) @ counts.reshape(n, -1)).reshape(-1, k, k)
+    )  # exact: sums stay below 2**53
     return np.concatenate([total["IoU"], total["mIoU"][:, None], total["mAcc"][:, None]], 1)
 
+# %% ../../nbs/08_tasks/04_segmentation.ipynb #d826fb83
 def score_rows(
     counts: np.ndarray,  # n×K×K of one seed
     stems: Sequence[str],  # names of the images
@@ -362,7 +441,10 @@ def score_rows(
     **labels,  # set, input, seed, conditions, revision
 ) -> pd.DataFrame:  # columns `TASK_COLUMNS`
     "IoU of each class, mIoU and mAcc with 95 % intervals over images, for all and for each kind of scene."
-    return score_table(partial(weighted_scores, counts), stems, [*classes, "mIoU", "mAcc"], resamples=resamples, task="segmentation", **labels)
+    return score_table(
+        partial(weighted_scores, counts), stems, [*classes, "mIoU", "mAcc"], resamples=resamples,
+        task="segmentation", **labels,
+    )
 
 # %% ../../nbs/08_tasks/04_segmentation.ipynb #d4cf1a82
 def conditions(
@@ -391,8 +473,10 @@ def summary(
     base = float(scores(constant(total))["mIoU"])
     left_out = {str(seed): absent(n.sum(0), classes) for seed, n in counts.items()}
     spread = float(np.std(each, ddof=1)) if len(each) > 1 else None
-    return {"mIoU": float(np.mean(each)), "spread": spread, "constant": base, "margin": float(np.mean(each)) - base, "left_out": left_out}
-
+    return {
+        "mIoU": float(np.mean(each)), "spread": spread, "constant": base,
+        "margin": float(np.mean(each)) - base, "left_out": left_out,
+    }
 
 # %% ../../nbs/08_tasks/04_segmentation.ipynb #35d59842
 def save_counts(
@@ -403,15 +487,24 @@ def save_counts(
 ) -> None:
     "Write the matrices of all seeds, atomically."
     with atomic_path(path) as part:
-        with open(part, "wb") as f: np.savez_compressed(f, seeds=np.array(list(counts)), counts=np.stack(list(counts.values())), stems=np.array(stems), classes=np.array(classes))
+        with open(part, "wb") as f:
+            np.savez_compressed(
+                f, seeds=np.array(list(counts)), counts=np.stack(list(counts.values())),
+                stems=np.array(stems), classes=np.array(classes),
+            )
 
+# %% ../../nbs/08_tasks/04_segmentation.ipynb #9fbd6029
 def read_counts(
     path: str | Path,  # a file that `save_counts` wrote
 ) -> dict[str, np.ndarray]:  # seeds, counts (seeds×n×K×K), stems, classes
     "Read the matrices; `InputError` for a file of another kind."
     try:
-        with np.load(path, allow_pickle=False) as f: return {k: f[k] for k in ("seeds", "counts", "stems", "classes")}
-    except (OSError, ValueError, KeyError) as e: raise InputError(f"{path}: cannot be read as results of a segmentation ({e}); run the stage again") from e
+        with np.load(path, allow_pickle=False) as f:
+            return {k: f[k] for k in ("seeds", "counts", "stems", "classes")}
+    except (OSError, ValueError, KeyError) as e:
+        raise InputError(
+            f"{path}: cannot be read as results of a segmentation ({e}); run the stage again"
+        ) from e
 
 # %% ../../nbs/08_tasks/04_segmentation.ipynb #a80b4a24
 def paired(
@@ -422,10 +515,19 @@ def paired(
 ) -> pd.DataFrame:  # kind, metric, a, b, difference, low, high, spread, n_images, n_seeds
     "Second minus first input on the same images, with 95 % intervals; `InputError` if images, masks or seeds differ."
     both = [read_counts(path) for path in (a, b)]
-    check_alike((a, b), **{what: [x[key].tolist() for x in both] for what, key in (("images", "stems"), ("classes", "classes"), ("seeds", "seeds"))},
-                masks=[x["counts"].sum(-1).tolist() for x in both])
+    check_alike(
+        (a, b),
+        **{
+            what: [x[key].tolist() for x in both]
+            for what, key in (("images", "stems"), ("classes", "classes"), ("seeds", "seeds"))
+        },
+        masks=[x["counts"].sum(-1).tolist() for x in both],
+    )
     measures = [[partial(weighted_scores, n) for n in x["counts"]] for x in both]
-    return difference_table(*measures, both[0]["stems"].tolist(), [*both[0]["classes"].tolist(), "mIoU", "mAcc"], resamples=resamples)
+    return difference_table(
+        *measures, both[0]["stems"].tolist(), [*both[0]["classes"].tolist(), "mIoU", "mAcc"],
+        resamples=resamples,
+    )
 
 # %% ../../nbs/08_tasks/04_segmentation.ipynb #7cb6116b
 def open_part(
@@ -439,7 +541,16 @@ def open_part(
     size: tuple[int, int] | None = None,  # H, W, to which everything is resized
 ) -> Samples:
     "One part of rendered streets or of a set, with masks; `InputError` names what is missing."
-    if bool(data) == bool(set): raise InputError("give either data, a folder with train/ and test/, or the name of a set")
+    if bool(data) == bool(set):
+        raise InputError("give either data, a folder with train/ and test/, or the name of a set")
     pairs = get_pairs(Path(data, part)) if data else get_pairs(set, part, root=root or None)
-    folder = None if input in SOURCES else Path(fused, part) if fused else Path(data, part, "fused") if data else None
+    folder = (
+        None
+        if input in SOURCES
+        else Path(fused, part)
+        if fused
+        else Path(data, part, "fused")
+        if data
+        else None
+    )
     return Samples(pairs, input, fused=folder, size=tuple(size) if size else None)

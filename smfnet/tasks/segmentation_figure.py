@@ -33,7 +33,8 @@ def mistakes(
     predicted: np.ndarray,  # H×W
 ) -> np.ndarray:  # H×W uint8: 0 right or ignored, 1 missed, 2 wrong
     "Where a prediction fails, and how; `InputError` for masks of two sizes."
-    if truth.shape != predicted.shape: raise InputError(f"prediction: {predicted.shape}, but its mask is {truth.shape}; both need one size")
+    if truth.shape != predicted.shape:
+        raise InputError(f"prediction: {predicted.shape}, but its mask is {truth.shape}; both need one size")
     differs = (truth != predicted) & (truth != IGNORE)
     missed = differs & (predicted == 0)
     return np.where(missed, MISSED, np.where(differs, WRONG, 0)).astype(np.uint8)
@@ -48,8 +49,11 @@ def class_picture(
     "The picture, dimmed, under the colours of its classes; ignored pixels are white."
     palette = np.full((256, 3), 255, np.uint8)
     palette[:len(MFNET_PALETTE)] = MFNET_PALETTE
-    return np.where((mask > 0)[..., None], (1 - strength) * 0.6 * image + strength * palette[mask] / 255, 0.6 * image)
+    return np.where(
+        (mask > 0)[..., None], (1 - strength) * 0.6 * image + strength * palette[mask] / 255, 0.6 * image
+    )
 
+# %% ../../nbs/08_tasks/07_segmentation_figure.ipynb #1c67f6ec
 def mistake_picture(
     image: np.ndarray,  # H×W×3, [0,1]
     truth: np.ndarray,  # H×W
@@ -65,7 +69,13 @@ def telling_scenes(
     n: int = 4,  # scenes
 ) -> list[str]:  # stems, kinds in turn
     "Scenes with many classes, chosen by ground truth alone."
-    return in_turn({s: (len(np.setdiff1d(m := samples.mask(i), (0, IGNORE))), int(((m > 0) & (m != IGNORE)).sum())) for i, s in enumerate(samples.stems)}, n)
+    return in_turn(
+        {
+            s: (len(np.setdiff1d(m := samples.mask(i), (0, IGNORE))), int(((m > 0) & (m != IGNORE)).sum()))
+            for i, s in enumerate(samples.stems)
+        },
+        n,
+    )
 
 # %% ../../nbs/08_tasks/07_segmentation_figure.ipynb #e74861c0
 def read_predictions(
@@ -74,7 +84,10 @@ def read_predictions(
     classes: Sequence[str] = MFNET_CLASSES,  # names
 ) -> dict[str, dict[str, np.ndarray]]:  # input -> stem -> H×W uint8
     "Predicted masks by input; `InputError` names a result or scene that is missing, and results under other conditions."
-    return {name: {s: read_mask(folder / "predictions" / f"{s}.png", classes=classes) for s in stems} for name, folder in result_folders(folders, "segmentation").items()}
+    return {
+        name: {s: read_mask(folder / "predictions" / f"{s}.png", classes=classes) for s in stems}
+        for name, folder in result_folders(folders, "segmentation").items()
+    }
 
 # %% ../../nbs/08_tasks/07_segmentation_figure.ipynb #61f2322c
 @dataclass(frozen=True)
@@ -86,17 +99,31 @@ class SceneView:
     images: Mapping[str, np.ndarray]  # input -> H×W×3, [0,1], what the segmenter saw
     predicted: Mapping[str, np.ndarray]  # input -> H×W
 
+# %% ../../nbs/08_tasks/07_segmentation_figure.ipynb #24c624be
 def _show(ax: Axes, image: np.ndarray, title: str = "") -> None:
     "An image on the fixed range [0, 1]."
     ax.imshow(image, vmin=0, vmax=1, interpolation="nearest")
-    ax.set_title(title, fontsize=8); ax.axis("off")
+    ax.set_title(title, fontsize=8)
+    ax.axis("off")
 
+# %% ../../nbs/08_tasks/07_segmentation_figure.ipynb #46b50345
 def _legend(fig: Figure, scenes: Sequence[SceneView], classes: Sequence[str]) -> None:
     "Colours of the classes that occur, and of the mistakes."
-    seen = sorted({int(k) for s in scenes for m in (s.truth, *s.predicted.values()) for k in np.unique(m)} - {0, IGNORE})
+    seen = sorted(
+        {int(k) for s in scenes for m in (s.truth, *s.predicted.values()) for k in np.unique(m)} - {0, IGNORE}
+    )
     entries = [Patch(color=MFNET_PALETTE[k] / 255, label=classes[k]) for k in seen]
-    entries += [Patch(color=np.array(c) / 255, label=text) for c, text in ((MISSED_COLOUR, "missed (called background)"), (WRONG_COLOUR, "wrong (any other mistake)"))]
-    fig.legend(handles=entries, loc="outside lower center", ncols=min(len(entries), max(1, int(fig.get_figwidth() / 1.7))), fontsize=7, frameon=False)
+    entries += [
+        Patch(color=np.array(c) / 255, label=text)
+        for c, text in (
+            (MISSED_COLOUR, "missed (called background)"),
+            (WRONG_COLOUR, "wrong (any other mistake)"),
+        )
+    ]
+    fig.legend(
+        handles=entries, loc="outside lower center",
+        ncols=min(len(entries), max(1, int(fig.get_figwidth() / 1.7))), fontsize=7, frameon=False,
+    )
 
 # %% ../../nbs/08_tasks/07_segmentation_figure.ipynb #e4715670
 def segmentation_grid(
@@ -107,16 +134,25 @@ def segmentation_grid(
 ) -> Figure:  # two lines a scene: classes, mistakes; one column an input, after the ground truth
     "The same scenes for every input, with missed and wrong regions; `InputError` if inputs differ between scenes."
     inputs = list(scenes[0].predicted) if scenes else []
-    if not inputs or any(list(s.predicted) != inputs for s in scenes): raise InputError("scenes: give at least one, each with the same inputs")
+    if not inputs or any(list(s.predicted) != inputs for s in scenes):
+        raise InputError("scenes: give at least one, each with the same inputs")
     ratio = [s.truth.shape[0] / s.truth.shape[1] for s in scenes for _ in range(2)]
-    fig, axes = plt.subplots(len(ratio), len(inputs) + 1, squeeze=False, layout="constrained", height_ratios=ratio, figsize=(width * (len(inputs) + 1), width * sum(ratio) + 1.0))
+    fig, axes = plt.subplots(
+        len(ratio), len(inputs) + 1, squeeze=False, layout="constrained", height_ratios=ratio,
+        figsize=(width * (len(inputs) + 1), width * sum(ratio) + 1.0),
+    )
     fig.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
     for k, s in enumerate(scenes):
         _show(axes[2 * k, 0], class_picture(s.visible, s.truth), "ground truth" if k == 0 else "")
         _show(axes[2 * k + 1, 0], s.visible)
-        axes[2 * k, 0].text(-0.04, 0.5, s.name.replace("_", " "), transform=axes[2 * k, 0].transAxes, rotation=90, ha="right", va="center", fontsize=7)
+        axes[2 * k, 0].text(
+            -0.04, 0.5, s.name.replace("_", " "), transform=axes[2 * k, 0].transAxes, rotation=90,
+            ha="right", va="center", fontsize=7,
+        )
         for column, name in enumerate(inputs, 1):
-            _show(axes[2 * k, column], class_picture(s.images[name], s.predicted[name]), name if k == 0 else "")
+            _show(
+                axes[2 * k, column], class_picture(s.images[name], s.predicted[name]), name if k == 0 else ""
+            )
             _show(axes[2 * k + 1, column], mistake_picture(s.images[name], s.truth, s.predicted[name]))
     _legend(fig, scenes, classes)
     return fig
@@ -129,7 +165,13 @@ def scene_views(
     stems: Sequence[str],  # scenes
 ) -> list[SceneView]:
     "What `segmentation_grid` draws; `InputError` for a scene that is not in the set."
-    if lacking := sorted(set(stems) - set(visible.stems)): raise InputError(f"stems: {', '.join(lacking)} not in the set; see its names")
+    if lacking := sorted(set(stems) - set(visible.stems)):
+        raise InputError(f"stems: {', '.join(lacking)} not in the set; see its names")
     picture = lambda s, stem: s.image(s.stems.index(stem))[:3].transpose(1, 2, 0)
-    return [SceneView(stem, picture(visible, stem), visible.mask(visible.stems.index(stem)), {k: picture(s, stem) for k, s in samples.items()},
-                      {k: predictions[k][stem] for k in samples}) for stem in stems]
+    return [
+        SceneView(
+            stem, picture(visible, stem), visible.mask(visible.stems.index(stem)),
+            {k: picture(s, stem) for k, s in samples.items()}, {k: predictions[k][stem] for k in samples},
+        )
+        for stem in stems
+    ]

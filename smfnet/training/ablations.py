@@ -38,22 +38,36 @@ class Ablation:
     weights: Mapping = field(default_factory=dict)  # fields of `LossWeights`
     one_stage: bool = False  # no stage I
 
+# %% ../../nbs/05_training/05_ablations.ipynb #93e5d97c
 CONFIGURATIONS = {
-    "both_cc_graph": Ablation("two-stage both cc_G", "graph correlation in stage I too", weights=LOSSES["both_cc_graph"]),
+    "both_cc_graph": Ablation(
+        "two-stage both cc_G", "graph correlation in stage I too", weights=LOSSES["both_cc_graph"]
+    ),
     "one_stage": Ablation("w/o two stage training", "stage II's loss only, as many epochs", one_stage=True),
-    "without_intensity_and_semantic": Ablation("w/o intensity and semantic loss", "no Gram and no Lovász term", weights=LOSSES["without_intensity_and_semantic"]),
-    "without_residual_transformer": Ablation("w/o residual transformer", "stacked transformer blocks as base branch", network={"base": "stacked"}),
+    "without_intensity_and_semantic": Ablation(
+        "w/o intensity and semantic loss", "no Gram and no Lovász term",
+        weights=LOSSES["without_intensity_and_semantic"],
+    ),
+    "without_residual_transformer": Ablation(
+        "w/o residual transformer", "stacked transformer blocks as base branch", network={"base": "stacked"}
+    ),
     "inn": Ablation("CAI->INN block", "no cross attention in the detail branch", network={"detail": "inn"}),
-    "without_graph": Ablation("w/o GNN", "no graph reasoning", network={"graph": False}, weights=LOSSES["without_graph_cc"]),
-    "exchanged_fusion_layers": Ablation("INN<->transformer", "fusion layers exchanged", network={"exchange": True}),
+    "without_graph": Ablation(
+        "w/o GNN", "no graph reasoning", network={"graph": False}, weights=LOSSES["without_graph_cc"]
+    ),
+    "exchanged_fusion_layers": Ablation(
+        "INN<->transformer", "fusion layers exchanged", network={"exchange": True}
+    ),
     "ours": Ablation("Ours", "the full network and training"),
 }
 
+# %% ../../nbs/05_training/05_ablations.ipynb #5d768eb5
 def find_ablation(
     name: str,  # a key of `CONFIGURATIONS`
 ) -> Ablation:
     "A configuration by name; `InputError` for an unknown one."
-    if name not in CONFIGURATIONS: raise InputError(f"config: {name!r} is unknown; choose one of {', '.join(CONFIGURATIONS)}")
+    if name not in CONFIGURATIONS:
+        raise InputError(f"config: {name!r} is unknown; choose one of {', '.join(CONFIGURATIONS)}")
     return CONFIGURATIONS[name]
 
 # %% ../../nbs/05_training/05_ablations.ipynb #324ffe46
@@ -87,9 +101,14 @@ def train_configuration(
 ) -> Progress:  # where the run stands
     "Train a configuration, or continue; `InputError` for an unknown name or data that do not fit the recipe."
     model, own, stages = build(name, preset=preset, r=r, seed=seed)
-    patches = PatchSet(pairs, patch=r.patch, stride=r.stride, min_contrast=r.min_contrast, flips=r.flips, gain=r.gain, seed=seed)
-    return train(model, patches, own, folder, seed=seed, device=device, stages=stages, minutes=minutes, progress=progress,
-                 notes={"ablation": name, "seed": str(seed)})
+    patches = PatchSet(
+        pairs, patch=r.patch, stride=r.stride, min_contrast=r.min_contrast, flips=r.flips, gain=r.gain,
+        seed=seed,
+    )
+    return train(
+        model, patches, own, folder, seed=seed, device=device, stages=stages, minutes=minutes,
+        progress=progress, notes={"ablation": name, "seed": str(seed)},
+    )
 
 # %% ../../nbs/05_training/05_ablations.ipynb #64a35353
 def conditions(
@@ -100,14 +119,23 @@ def conditions(
     protocol: str,  # of the metrics
 ) -> str:  # 12 hexadecimal digits
     "A fingerprint of everything that configurations must share to be compared."
-    found = [asdict(configuration(preset)), asdict(r), protocol, sha256(Path(data, "train")), sha256(Path(data, "test"))]
+    found = [
+        asdict(configuration(preset)), asdict(r), protocol, sha256(Path(data, "train")),
+        sha256(Path(data, "test")),
+    ]
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:12]
 
+# %% ../../nbs/05_training/05_ablations.ipynb #3991e2b2
 def revision_text() -> str:
     "The revision of this code, marked where files differ from it."
     found = git_revision()
-    return "unknown" if not found["revision"] else found["revision"][:12] + ("+changes" if found["dirty"] else "")
+    return (
+        "unknown"
+        if not found["revision"]
+        else found["revision"][:12] + ("+changes" if found["dirty"] else "")
+    )
 
+# %% ../../nbs/05_training/05_ablations.ipynb #9c494c6b
 COLUMNS = ("config", "seed", "set", "stem", "metric", "value", "protocol", "conditions", "revision")
 
 def tidy(
@@ -118,24 +146,37 @@ def tidy(
     rows = table.rename_axis("stem").reset_index().melt("stem", var_name="metric").assign(**labels)
     return rows[list(COLUMNS)]
 
+# %% ../../nbs/05_training/05_ablations.ipynb #ef9ab4fb
 def read_rows(
     paths: Iterable[str | Path],  # ablation.csv files; a * stands for any part of a name
 ) -> pd.DataFrame:  # columns `COLUMNS`
     "Rows of several files; `InputError` for a file that is none, an unknown configuration, doubled rows or unequal conditions."
-    frames = [_read(Path(found)) for p in paths for found in (sorted(glob(str(p))) or [p] if "*" in str(p) else [p])]
-    if not frames: raise InputError("rows: no file was named; run the stage 'ablation' first")
+    frames = [
+        _read(Path(found)) for p in paths for found in (sorted(glob(str(p))) or [p] if "*" in str(p) else [p])
+    ]
+    if not frames:
+        raise InputError("rows: no file was named; run the stage 'ablation' first")
     rows = pd.concat(frames, ignore_index=True)
     for name in rows["config"].unique(): find_ablation(name)
-    if rows.duplicated(["config", "seed", "set", "stem", "metric"]).any(): raise InputError("rows: a configuration and seed is there twice; name each file once")
+    if rows.duplicated(["config", "seed", "set", "stem", "metric"]).any():
+        raise InputError("rows: a configuration and seed is there twice; name each file once")
     if (unequal := rows.groupby("set")["conditions"].nunique() > 1).any():
-        raise InputError(f"rows: {unequal[unequal].index[0]} was measured under different presets, recipes or data; run the stage 'ablation' alike for each configuration")
+        raise InputError(
+            f"rows: {unequal[unequal].index[0]} was measured under different presets, recipes or data; run the stage 'ablation' alike for each configuration"
+        )
     return rows
 
+# %% ../../nbs/05_training/05_ablations.ipynb #b924af1f
 def _read(path: Path) -> pd.DataFrame:
     text = {c: str for c in COLUMNS if c not in ("seed", "value")}
-    try: rows = pd.read_csv(path, dtype=text)
-    except (OSError, ValueError) as e: raise InputError(f"{path}: cannot be read as results of an ablation ({e}); run the stage 'ablation'") from e
-    if lacking := [c for c in COLUMNS if c not in rows]: raise InputError(f"{path}: lacks the columns {', '.join(lacking)}; run the stage 'ablation' again")
+    try:
+        rows = pd.read_csv(path, dtype=text)
+    except (OSError, ValueError) as e:
+        raise InputError(
+            f"{path}: cannot be read as results of an ablation ({e}); run the stage 'ablation'"
+        ) from e
+    if lacking := [c for c in COLUMNS if c not in rows]:
+        raise InputError(f"{path}: lacks the columns {', '.join(lacking)}; run the stage 'ablation' again")
     return rows
 
 # %% ../../nbs/05_training/05_ablations.ipynb #fd2fe4a4
@@ -144,10 +185,17 @@ def pool(
     values: str = "value",  # column to pool
 ) -> pd.DataFrame:  # per config, set, metric: mean, spread (NaN for one seed), n_seeds, n_images
     "Mean over images, then mean and standard deviation over seeds."
-    seeds = rows.groupby(["config", "set", "metric", "seed"], sort=False)[values].agg(["mean", "count"]).reset_index()
+    seeds = (
+        rows.groupby(["config", "set", "metric", "seed"], sort=False)[values]
+        .agg(["mean", "count"])
+        .reset_index()
+    )
     groups = seeds.groupby(["config", "set", "metric"], sort=False)
-    return groups.agg(mean=("mean", "mean"), spread=("mean", "std"), n_seeds=("seed", "nunique"), n_images=("count", "min")).reset_index()
+    return groups.agg(
+        mean=("mean", "mean"), spread=("mean", "std"), n_seeds=("seed", "nunique"), n_images=("count", "min")
+    ).reset_index()
 
+# %% ../../nbs/05_training/05_ablations.ipynb #66199793
 def _against_full(rows: pd.DataFrame) -> pd.DataFrame:
     "Difference to the full configuration, image by image and seed by seed."
     keys = ["seed", "set", "stem", "metric"]
@@ -155,22 +203,36 @@ def _against_full(rows: pd.DataFrame) -> pd.DataFrame:
     joined = rows.join(full, on=keys, how="inner")
     return joined.assign(difference=joined["value"] - joined["full"])
 
+# %% ../../nbs/05_training/05_ablations.ipynb #24eaf041
 def ablation_table(
     published: pd.DataFrame,  # rows of data/published/table5.csv: method, metric, value
     rows: pd.DataFrame,  # columns `COLUMNS`, of one set
     metrics: Sequence[str] = ("EN", "SD", "VIF", "SSIM"),  # columns of Table 5
 ) -> pd.DataFrame:  # one row a configuration and metric
     "Published, measured and both differences to the full configuration; `InputError` without rows of the full one."
-    if (sets := rows["set"].unique()).size != 1: raise InputError(f"rows: hold the sets {', '.join(sets)}; choose one")
-    if "ours" not in set(rows["config"]): raise InputError("rows: the configuration 'ours' is missing; run it, every row is compared with it")
-    table = pd.DataFrame([{"config": c, "row": a.title, "metric": m} for c, a in CONFIGURATIONS.items() for m in metrics])
-    p = published.rename(columns={"method": "config", "value": "published"})[["config", "metric", "published"]]
+    if (sets := rows["set"].unique()).size != 1:
+        raise InputError(f"rows: hold the sets {', '.join(sets)}; choose one")
+    if "ours" not in set(rows["config"]):
+        raise InputError("rows: the configuration 'ours' is missing; run it, every row is compared with it")
+    table = pd.DataFrame(
+        [{"config": c, "row": a.title, "metric": m} for c, a in CONFIGURATIONS.items() for m in metrics]
+    )
+    p = published.rename(columns={"method": "config", "value": "published"})[
+        ["config", "metric", "published"]
+    ]
     m = pool(rows).rename(columns={"mean": "measured"}).drop(columns="set")
-    d = pool(_against_full(rows), "difference").rename(columns={"mean": "difference", "spread": "difference_spread", "n_seeds": "n_paired"})
-    for part in (p, m, d[["config", "metric", "difference", "difference_spread", "n_paired"]]): table = table.merge(part, on=["config", "metric"], how="left")
+    d = pool(_against_full(rows), "difference").rename(
+        columns={"mean": "difference", "spread": "difference_spread", "n_seeds": "n_paired"}
+    )
+    for part in (p, m, d[["config", "metric", "difference", "difference_spread", "n_paired"]]):
+        table = table.merge(part, on=["config", "metric"], how="left")
     ours = table[table["config"] == "ours"].set_index("metric")["published"]
     table.insert(4, "published_difference", table["published"] - table["metric"].map(ours))
-    half = stats.t.ppf(0.975, (table["n_paired"] - 1).where(table["n_paired"] > 1)) * table["difference_spread"] / np.sqrt(table["n_paired"])
+    half = (
+        stats.t.ppf(0.975, (table["n_paired"] - 1).where(table["n_paired"] > 1))
+        * table["difference_spread"]
+        / np.sqrt(table["n_paired"])
+    )
     revision = rows.groupby("config")["revision"].unique().map(", ".join)
     return table.assign(half_interval=half, set=sets[0], revision=table["config"].map(revision))
 
@@ -182,24 +244,37 @@ def _cell(r: pd.Series) -> list[str]:
     clear = "*" if abs(r["difference"]) > r["half_interval"] else ""
     half = f" ± {number(r['half_interval'])}{clear}" if not pd.isna(r["half_interval"]) else ""
     full = r["config"] == "ours"
-    return [number(r["published"]), "" if full else number(r["published_difference"], "+"), number(r["measured"]) + spread,
-            "" if full else number(r["difference"], "+") + half]
+    return [
+        number(r["published"]), "" if full else number(r["published_difference"], "+"),
+        number(r["measured"]) + spread, "" if full else number(r["difference"], "+") + half,
+    ]
 
+# %% ../../nbs/05_training/05_ablations.ipynb #abc30bbf
 def remarks(
     table: pd.DataFrame,  # from `ablation_table`
     now: str | None = None,  # revision that writes the table; None: the present one
 ) -> list[str]:  # sentences
     "What a reader must know: set, seeds, intervals, and rows that were computed at another revision."
     now, done = revision_text() if now is None else now, table.dropna(subset=["measured"])
-    span = lambda column, what: f"{' to '.join(f'{x:.0f}' for x in sorted({done[column].min(), done[column].max()}))} {what}"
-    said = [f"Measured on the set {table['set'].iloc[0]}, {span('n_images', 'images')}, {span('n_seeds', 'seed(s)')}: mean ± standard deviation over seeds. "
-            "Difference: to the configuration Ours, seed by seed, ± half of Student's 95 % interval over seeds; * where the interval does not hold 0. "
-            "Published values: RoadScene, trained as in the paper, without a spread."]
+    span = lambda column, what: (
+        f"{' to '.join(f'{x:.0f}' for x in sorted({done[column].min(), done[column].max()}))} {what}"
+    )
+    said = [
+        f"Measured on the set {table['set'].iloc[0]}, {span('n_images', 'images')}, {span('n_seeds', 'seed(s)')}: mean ± standard deviation over seeds. "
+        "Difference: to the configuration Ours, seed by seed, ± half of Student's 95 % interval over seeds; * where the interval does not hold 0. "
+        "Published values: RoadScene, trained as in the paper, without a spread."
+    ]
     absent = table.loc[table["measured"].isna(), "row"].unique()
     if len(absent): said.append(f"Not measured: {', '.join(absent)}.")
     for revision, part in done.groupby("revision", sort=False):
-        if revision != now: said.append(f"Computed earlier at revision {revision}, not at the present one ({now}): {', '.join(part['row'].unique())}.")
-    if done["revision"].nunique() > 1: said.append("Rows of different revisions stand in one table; their differences may come from the code.")
+        if revision != now:
+            said.append(
+                f"Computed earlier at revision {revision}, not at the present one ({now}): {', '.join(part['row'].unique())}."
+            )
+    if done["revision"].nunique() > 1:
+        said.append(
+            "Rows of different revisions stand in one table; their differences may come from the code."
+        )
     return said
 
 # %% ../../nbs/05_training/05_ablations.ipynb #d2483724
@@ -214,15 +289,27 @@ def table_texts(
     lines = []
     for row, part in table.groupby("row", sort=False):
         cells = np.array([_cell(r) for _, r in part.iterrows()]).T
-        lines += [[row, what, *texts] for what, texts in zip(("published", "published difference", "measured", "measured difference"), cells) if any(texts)]
+        lines += [
+            [row, what, *texts]
+            for what, texts in zip(
+                ("published", "published difference", "measured", "measured difference"), cells
+            )
+            if any(texts)
+        ]
     bar = lambda texts: "| " + " | ".join(texts) + " |"
     safe = lambda texts, tag: "<tr>" + "".join(f"<{tag}>{html.escape(t)}</{tag}>" for t in texts) + "</tr>"
     md = "\n".join([f"# {title}", "", bar(head), bar(["---"] * len(head)), *map(bar, lines), "", *said, ""])
-    page = "\n".join([f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>body{{font:14px sans-serif}}'
-                      "table{border-collapse:collapse}td,th{padding:2px 8px;border-bottom:1px solid #ccc;text-align:left}</style></head><body>",
-                      f"<h1>{html.escape(title)}</h1><table>", safe(head, "th"), *(safe(x, "td") for x in lines), "</table>", *(f"<p>{html.escape(s)}</p>" for s in said), "</body></html>"])
+    page = "\n".join(
+        [
+            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>body{{font:14px sans-serif}}'
+            "table{border-collapse:collapse}td,th{padding:2px 8px;border-bottom:1px solid #ccc;text-align:left}</style></head><body>",
+            f"<h1>{html.escape(title)}</h1><table>", safe(head, "th"), *(safe(x, "td") for x in lines),
+            "</table>", *(f"<p>{html.escape(s)}</p>" for s in said), "</body></html>",
+        ]
+    )
     return {".csv": table.to_csv(index=False), ".md": md, ".html": page + "\n"}
 
+# %% ../../nbs/05_training/05_ablations.ipynb #3aa0bca5
 def write_ablation(
     table: pd.DataFrame,  # from `ablation_table`
     path: str | Path,  # without suffix

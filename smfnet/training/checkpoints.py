@@ -30,6 +30,7 @@ def _digest(step: int, state: dict) -> str:
     "Checksum of the JSON part, independent of how it is laid out in the file."
     return hashlib.sha256(json.dumps([step, state], sort_keys=True).encode()).hexdigest()
 
+# %% ../../nbs/05_training/01_checkpoints.ipynb #e6e1a2cc
 def save_checkpoint(
     folder: str | Path,  # where checkpoints of one run live
     step: int,  # optimiser steps so far
@@ -39,16 +40,21 @@ def save_checkpoint(
     keep: int = 3,  # newest checkpoints that stay
 ) -> Path:  # the JSON file
     "Write a checkpoint atomically, then remove all but the newest `keep`; `InputError` for a full disk."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:09d}.safetensors"
     with atomic_path(path) as part: save_file(_contiguous(tensors), part)
     state = json.loads(json.dumps(state))                # as it will be read
-    write_json(path.with_suffix(".json"), {"step": step, "sha256": sha256(path), "state": state, "state_sha256": _digest(step, state)})
+    write_json(
+        path.with_suffix(".json"),
+        {"step": step, "sha256": sha256(path), "state": state, "state_sha256": _digest(step, state)},
+    )
     for old in list_checkpoints(folder)[keep:]:
-        old.unlink(missing_ok=True)                      # first the JSON: a checkpoint without it does not exist
+        old.unlink(missing_ok=True)  # first the JSON: a checkpoint without it does not exist
         old.with_suffix(".safetensors").unlink(missing_ok=True)
     return path.with_suffix(".json")
 
+# %% ../../nbs/05_training/01_checkpoints.ipynb #6109160c
 def list_checkpoints(
     folder: str | Path,  # where checkpoints of one run live
 ) -> list[Path]:  # JSON files, newest first
@@ -58,11 +64,14 @@ def list_checkpoints(
 # %% ../../nbs/05_training/01_checkpoints.ipynb #cb2a16d6
 def _read_one(path: Path) -> tuple[dict[str, Tensor], dict]:
     meta = json.loads(path.read_text(encoding="utf-8"))
-    if meta.get("state_sha256", found := _digest(meta["step"], meta["state"])) != found: raise InputError(f"{path}: checksum differs; the file was damaged")
+    if meta.get("state_sha256", found := _digest(meta["step"], meta["state"])) != found:
+        raise InputError(f"{path}: checksum differs; the file was damaged")
     data = path.with_suffix(".safetensors")
-    if sha256(data) != meta["sha256"]: raise InputError(f"{data}: checksum differs; the file was damaged")
+    if sha256(data) != meta["sha256"]:
+        raise InputError(f"{data}: checksum differs; the file was damaged")
     return load_file(data), meta["state"]
 
+# %% ../../nbs/05_training/01_checkpoints.ipynb #66f6bd45
 def load_checkpoint(
     folder: str | Path,  # where checkpoints of one run live
 ) -> tuple[dict[str, Tensor], dict] | None:  # tensors and state, or None if there is no checkpoint
@@ -72,9 +81,15 @@ def load_checkpoint(
         try: result = _read_one(path)
         except (InputError, OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
             damaged.append(f"{path.name} ({type(e).__name__}: {e})"); continue
-        if damaged: warnings.warn(f"damaged checkpoint skipped: {'; '.join(damaged)}; continuing from {path.name}", stacklevel=2)
+        if damaged:
+            warnings.warn(
+                f"damaged checkpoint skipped: {'; '.join(damaged)}; continuing from {path.name}", stacklevel=2
+            )
         return result
-    if damaged: raise InputError(f"{folder}: every checkpoint is damaged: {'; '.join(damaged)}; remove the folder to start over")
+    if damaged:
+        raise InputError(
+            f"{folder}: every checkpoint is damaged: {'; '.join(damaged)}; remove the folder to start over"
+        )
     return None
 
 # %% ../../nbs/05_training/01_checkpoints.ipynb #c7c48e52
@@ -83,9 +98,15 @@ def flatten_optimiser(
 ) -> tuple[dict[str, Tensor], list[dict]]:  # flat tensors; parameter groups in JSON's terms
     "Take an optimiser's state apart into named tensors and plain settings."
     state = optimiser.state_dict()
-    flat = {f"optimiser.{i}.{k}": torch.as_tensor(v) for i, entries in state["state"].items() for k, v in entries.items() if v is not None}
+    flat = {
+        f"optimiser.{i}.{k}": torch.as_tensor(v)
+        for i, entries in state["state"].items()
+        for k, v in entries.items()
+        if v is not None
+    }
     return flat, json.loads(json.dumps(state["param_groups"]))
 
+# %% ../../nbs/05_training/01_checkpoints.ipynb #4c8db462
 def restore_optimiser(
     optimiser: torch.optim.Optimizer,  # built like the saved one
     tensors: dict[str, Tensor],  # a checkpoint's tensors

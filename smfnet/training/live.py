@@ -25,9 +25,12 @@ def read_log(
 ) -> list[dict]:  # complete records, in order
     "Records of a log that may still grow."
     path = Path(path)
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # what follows the last line break is incomplete
+    lines = (
+        path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    )  # what follows the last line break is incomplete
     return [json.loads(line) for line in lines if line.strip()]
 
+# %% ../../nbs/05_training/04_live.ipynb #38425877
 def curves(
     records: list[dict],  # see `read_log`
     kind: str,  # "step" or "validation"
@@ -38,6 +41,7 @@ def curves(
     found = {k: [(r["step"], r[k]) for r in chosen if k in r] for k in names}
     return {k: tuple(np.asarray(v, dtype=float).T) for k, v in found.items()}
 
+# %% ../../nbs/05_training/04_live.ipynb #47e9137f
 def thinned(
     x: np.ndarray,  # steps
     y: np.ndarray,  # values
@@ -52,35 +56,55 @@ def thinned(
 def _panel(ax, lines: dict, title: str, *, log: bool = False, relative: bool = False, marker: str = "") -> None:
     for (name, (x, y)), colour in zip(lines.items(), sns.color_palette("colorblind", max(len(lines), 1))):
         if relative: y = y / y[-1] if y[-1] else y
-        ax.plot(*thinned(x, y), label=name.split(".")[-1], color=colour, lw=1.5 if name == "loss" else 0.9, marker=marker, ms=3)
+        ax.plot(
+            *thinned(x, y), label=name.split(".")[-1], color=colour, lw=1.5 if name == "loss" else 0.9,
+            marker=marker, ms=3,
+        )
     if log and any((y > 0).any() for _, y in lines.values()): ax.set_yscale("log")
-    ax.set_title(title, fontsize=8); ax.tick_params(labelsize=6); ax.spines[["top", "right"]].set_visible(False)
+    ax.set_title(title, fontsize=8)
+    ax.tick_params(labelsize=6)
+    ax.spines[["top", "right"]].set_visible(False)
     if len(lines) > 1: ax.legend(fontsize=5, ncols=2, frameon=False)
 
+# %% ../../nbs/05_training/04_live.ipynb #8318322b
 def training_figure(
     records: list[dict],  # see `read_log`
 ) -> Figure:  # independent of pyplot
     "Curves of a run so far."
     steps, checks = curves(records, "step"), curves(records, "validation")
-    fig = Figure(figsize=(10, 4.6), layout="constrained"); FigureCanvasAgg(fig)
+    fig = Figure(figsize=(10, 4.6), layout="constrained")
+    FigureCanvasAgg(fig)
     axes = fig.subplots(2, 3).ravel()
-    _panel(axes[0], {k: v for k, v in steps.items() if k == "loss" or k.startswith("term.")}, "loss and its unweighted terms", log=True)
-    _panel(axes[1], {k: v for k, v in steps.items() if k.startswith("norm.")}, "gradient norm of each sub-network, before clipping", log=True)
+    _panel(
+        axes[0], {k: v for k, v in steps.items() if k == "loss" or k.startswith("term.")},
+        "loss and its unweighted terms", log=True,
+    )
+    _panel(
+        axes[1], {k: v for k, v in steps.items() if k.startswith("norm.")},
+        "gradient norm of each sub-network, before clipping", log=True,
+    )
     _panel(axes[2], checks, "validation metrics, relative to the latest", relative=True, marker="o")
     _panel(axes[3], {k: v for k, v in steps.items() if k == "lr"}, "learning rate")
     _panel(axes[4], {k: v for k, v in steps.items() if k == "images_per_second"}, "images per second")
-    axes[5].axis("off"); axes[5].text(0, 0.9, _summary(records), fontsize=8, va="top", family="monospace")
+    axes[5].axis("off")
+    axes[5].text(0, 0.9, _summary(records), fontsize=8, va="top", family="monospace")
     return fig
 
+# %% ../../nbs/05_training/04_live.ipynb #0dd6359e
 def _summary(records: list[dict]) -> str:
     "The latest numbers in words."
     lines = []
     for kind in ("step", "validation"):
         last = next((r for r in reversed(records) if r.get("kind") == kind), None)
         if not last: continue
-        shown = {k: v for k, v in last.items() if kind == "validation" or k in ("loss", "lr", "images_per_second")}
-        lines += [f"{kind}: stage {last['stage']}, epoch {last['epoch']}, step {last['step']}",
-                  *(f"  {k} {v:.4g}" for k, v in shown.items() if k not in ("kind", "stage", "epoch", "step")), ""]
+        shown = {
+            k: v for k, v in last.items() if kind == "validation" or k in ("loss", "lr", "images_per_second")
+        }
+        lines += [
+            f"{kind}: stage {last['stage']}, epoch {last['epoch']}, step {last['step']}",
+            *(f"  {k} {v:.4g}" for k, v in shown.items() if k not in ("kind", "stage", "epoch", "step")),
+            "",
+        ]
     return "\n".join(lines) or "no step yet"
 
 # %% ../../nbs/05_training/04_live.ipynb #d2ff0eda
@@ -103,7 +127,9 @@ class LivePlot:
     def draw(self) -> None:
         "Draw the log as it is now; nothing happens outside a notebook."
         show = _notebook_display()
-        if show is None: self.due = float("inf"); return
+        if show is None:
+            self.due = float("inf")
+            return
         start, buffer = time.monotonic(), io.BytesIO()
         training_figure(read_log(self.log)).savefig(buffer, format="png", dpi=72)
         self.handle = show(buffer.getvalue(), self.handle)

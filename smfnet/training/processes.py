@@ -34,8 +34,11 @@ def team_size() -> int:  # 1 unless torchrun or a notebook's launcher started th
 
 def _need_accelerate() -> None:
     if importlib.util.find_spec("accelerate") is None:
-        raise InputError("processes: more than one needs the package accelerate; install it with: pip install 'smfnet[scale]'")
+        raise InputError(
+            "processes: more than one needs the package accelerate; install it with: pip install 'smfnet[scale]'"
+        )
 
+# %% ../../nbs/05_training/03_processes.ipynb #13ebf73d
 def join_team(
     device: str = "cpu",  # "cpu" or "cuda"
 ):  # an `accelerate.Accelerator`, or None when this process is alone
@@ -49,21 +52,29 @@ def join_team(
 @contextlib.contextmanager
 def _signals_kept():
     "Restore signal handlers at the end."
-    names = (signal.SIGINT, signal.SIGTERM, *(getattr(signal, n) for n in ("SIGHUP", "SIGQUIT") if hasattr(signal, n)))
+    names = (
+        signal.SIGINT, signal.SIGTERM,
+        *(getattr(signal, n) for n in ("SIGHUP", "SIGQUIT") if hasattr(signal, n)),
+    )
     before = {s: signal.getsignal(s) for s in names}
     try: yield
     finally:
         for s, handler in before.items(): signal.signal(s, handler)
 
+# %% ../../nbs/05_training/03_processes.ipynb #14cebd54
 def _member(function: Callable, args: tuple, kwargs: dict, reports: str, stdout) -> None:
     "What each process runs; an error is left in a file for the one that waits."
-    torch.set_num_threads(1); sys.stdout = stdout
+    torch.set_num_threads(1)
+    sys.stdout = stdout
     try: function(*args, **kwargs)
     except (InputError, TrainingError) as e:
-        rank = int(os.environ.get("RANK", "0")) + 1000 * str(e).startswith("another process")  # causes before consequences
+        rank = int(os.environ.get("RANK", "0")) + 1000 * str(e).startswith(
+            "another process"
+        )  # causes before consequences
         Path(reports, f"{rank:06d}.json").write_text(json.dumps([type(e).__name__, str(e)]))
         raise
 
+# %% ../../nbs/05_training/03_processes.ipynb #fcc754d1
 def launch(
     function: Callable,  # run in each process; its result is lost
     *args,  # passed on
@@ -76,10 +87,15 @@ def launch(
     with tempfile.TemporaryDirectory() as reports, _signals_kept():
         work = (function, args, kwargs, reports, sys.stdout)
         try:  # the launcher's own announcement is dropped: it says CUDA on a CPU, too
-            with contextlib.redirect_stdout(io.StringIO()): notebook_launcher(_member, work, num_processes=processes, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", rdzv_id=uuid.uuid4().hex)
+            with contextlib.redirect_stdout(io.StringIO()):
+                notebook_launcher(
+                    _member, work, num_processes=processes, rdzv_backend="c10d",
+                    rdzv_endpoint="127.0.0.1:0", rdzv_id=uuid.uuid4().hex,
+                )
         except Exception as e:
             found = sorted(Path(reports).glob("*.json"))
-            if not found: raise
+            if not found:
+                raise
             kind, message = json.loads(found[0].read_text())
             raise {"InputError": InputError, "TrainingError": TrainingError}[kind](message) from e
 
@@ -89,9 +105,11 @@ def _work(model, data, r, folder, minutes, notes, progress, on_record, device, s
     trainer = Trainer(model, data, r, folder, device=device, accelerator=join_team(device), **settings)
     trainer.resume(other="restart")
     complete = trainer.fit(minutes=minutes, progress=progress, on_record=on_record)
-    if trainer.team.main: model.eval().cpu().save(Path(folder, "weights.safetensors"), complete=str(complete), **(notes or {}))
+    if trainer.team.main:
+        model.eval().cpu().save(Path(folder, "weights.safetensors"), complete=str(complete), **(notes or {}))
     return trainer.progress
 
+# %% ../../nbs/05_training/03_processes.ipynb #014f70b5
 def train(
     model: SMFNet,  # trained in place if `processes` is 1; otherwise the result is in the folder only
     data: PatchSet,
@@ -107,36 +125,63 @@ def train(
     **settings,  # further arguments of `Trainer`
 ) -> Progress:  # where the run stands
     "Continue or start a run and save its weights; a folder with another run's checkpoints starts over."
-    if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1: raise InputError(f"processes: {processes!r}; give 1 or more")
+    if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1:
+        raise InputError(f"processes: {processes!r}; give 1 or more")
     rest = (model, data, r, folder, minutes, notes, progress)
     if processes == 1: return _work(*rest, live, device, settings)
-    with live.following() if live else contextlib.nullcontext(): launch(_work, *rest, None, device, settings, processes=processes)
+    with live.following() if live else contextlib.nullcontext():
+        launch(_work, *rest, None, device, settings, processes=processes)
     return Progress(**load_checkpoint(Path(folder, "checkpoints"))[1]["progress"])
 
 # %% ../../nbs/05_training/03_processes.ipynb #92d94bc3
 def _setting(text: str) -> tuple[str, object]:
     "NAME=VALUE, the value in JSON's terms or plain text."
     name, separator, value = text.partition("=")
-    if not separator: raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
     try: return name, json.loads(value)
     except json.JSONDecodeError: return name, value
 
+# %% ../../nbs/05_training/03_processes.ipynb #f695d940
 def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m smfnet.training.processes", description="Train SMFNet in one process, or in those that torchrun started.")
+    p = argparse.ArgumentParser(
+        prog="python -m smfnet.training.processes",
+        description="Train SMFNet in one process, or in those that torchrun started.",
+    )
     p.add_argument("--data", required=True, metavar="DIR", help="folder of training pairs: ir/ and vi/")
-    p.add_argument("--out", required=True, metavar="DIR", help="receives log, checkpoints and weights; a run found here is continued")
-    p.add_argument("--preset", default="tiny", help="size of the network: tiny or paper (default: %(default)s)")
+    p.add_argument(
+        "--out", required=True, metavar="DIR",
+        help="receives log, checkpoints and weights; a run found here is continued",
+    )
+    p.add_argument(
+        "--preset", default="tiny", help="size of the network: tiny or paper (default: %(default)s)"
+    )
     p.add_argument("--init", metavar="FILE", help="weights to start from, instead of random ones")
-    p.add_argument("--recipe", default="demo", help="how to train: demo, released or paper (default: %(default)s)")
-    p.add_argument("--set", type=_setting, action="append", default=[], metavar="NAME=VALUE", dest="settings", help="change the recipe, e.g. --set batch=8 --set epochs=[2,3]")
-    p.add_argument("--stages", type=int, nargs="+", default=[1, 2], help="1: reconstruct, 2: fuse (default: both)")
-    p.add_argument("--seed", type=int, default=0, help="of initial weights, order and flips (default: %(default)s)")
+    p.add_argument(
+        "--recipe", default="demo", help="how to train: demo, released or paper (default: %(default)s)"
+    )
+    p.add_argument(
+        "--set", type=_setting, action="append", default=[], metavar="NAME=VALUE", dest="settings",
+        help="change the recipe, e.g. --set batch=8 --set epochs=[2,3]",
+    )
+    p.add_argument(
+        "--stages", type=int, nargs="+", default=[1, 2], help="1: reconstruct, 2: fuse (default: both)"
+    )
+    p.add_argument(
+        "--seed", type=int, default=0, help="of initial weights, order and flips (default: %(default)s)"
+    )
     p.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    p.add_argument("--sync-batchnorm", action="store_true", help="BatchNorm over the batch of all processes (cuda)")
-    p.add_argument("--checkpoint-every", type=int, default=50, metavar="STEPS", help="steps between checkpoints (default: %(default)s)")
+    p.add_argument(
+        "--sync-batchnorm", action="store_true", help="BatchNorm over the batch of all processes (cuda)"
+    )
+    p.add_argument(
+        "--checkpoint-every", type=int, default=50, metavar="STEPS",
+        help="steps between checkpoints (default: %(default)s)",
+    )
     p.add_argument("--minutes", type=float, help="stop cleanly after this time")
     return p
 
+# %% ../../nbs/05_training/03_processes.ipynb #206f0c23
 def main(
     argv: list[str] | None = None,  # arguments; those of the process if None
 ) -> int:  # exit status: 0 success, 1 training failed, 2 bad input
@@ -146,13 +191,22 @@ def main(
         torch.manual_seed(args.seed)
         r = recipe(args.recipe, **dict(args.settings))
         model = SMFNet.load(args.init) if args.init else SMFNet(args.preset)
-        data = PatchSet(load_pairs(args.data, progress=False), patch=r.patch, stride=r.stride, min_contrast=r.min_contrast, flips=r.flips, gain=r.gain, seed=args.seed)
-        where = train(model, data, r, args.out, minutes=args.minutes, seed=args.seed, device=args.device, stages=tuple(args.stages),
-                      checkpoint_every=args.checkpoint_every, sync_batchnorm=args.sync_batchnorm, notes={"recipe": args.recipe, "seed": str(args.seed)})
+        data = PatchSet(
+            load_pairs(args.data, progress=False), patch=r.patch, stride=r.stride,
+            min_contrast=r.min_contrast, flips=r.flips, gain=r.gain, seed=args.seed,
+        )
+        where = train(
+            model, data, r, args.out, minutes=args.minutes, seed=args.seed, device=args.device,
+            stages=tuple(args.stages), checkpoint_every=args.checkpoint_every,
+            sync_batchnorm=args.sync_batchnorm, notes={"recipe": args.recipe, "seed": str(args.seed)},
+        )
     except (InputError, TrainingError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2 if isinstance(e, InputError) else 1
-    if os.environ.get("RANK", "0") == "0": print(f"{where.step} steps, {'complete' if where.done else 'stopped by the time budget; start again to continue'}: {args.out}")
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"{where.step} steps, {'complete' if where.done else 'stopped by the time budget; start again to continue'}: {args.out}"
+        )
     return 0
 
 # %% ../../nbs/05_training/03_processes.ipynb #00662d9a

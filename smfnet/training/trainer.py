@@ -34,11 +34,20 @@ from ..core.provenance import atomic_path, write_json
 
 # %% ../../nbs/05_training/02_trainer.ipynb #16434085
 _CHOICES = {"loss": ("paper", "released"), "reading": tuple(READINGS), "amp": ("off", "bf16")}
-_LOWEST = {"lr": 0, "lr_every": 1, "lr_factor": 0, "lr_floor": 0, "clip": 0, "batch": 1, "patch": 16, "stride": 1, "min_contrast": 0, "gain": 0, "fade": 0, "accumulate": 1}
+_LOWEST = {
+    "lr": 0, "lr_every": 1, "lr_factor": 0, "lr_floor": 0, "clip": 0, "batch": 1, "patch": 16, "stride": 1,
+    "min_contrast": 0, "gain": 0, "fade": 0, "accumulate": 1,
+}
 
+# %% ../../nbs/05_training/02_trainer.ipynb #9833f4f8
 def _is_number(value, kind: type) -> bool:
-    return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return (
+        isinstance(value, int if kind is int else (int, float))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+    )
 
+# %% ../../nbs/05_training/02_trainer.ipynb #01512a25
 def _check_recipe(r) -> None:
     "Raise `InputError` for the first field of a wrong type or out of range."
     for f in fields(r):
@@ -46,13 +55,18 @@ def _check_recipe(r) -> None:
         if kind in (int, float):
             low, positive = _LOWEST[f.name], f.name in ("lr", "lr_factor")
             if not _is_number(value, kind) or value < low or (positive and value == 0):
-                raise InputError(f"{f.name}: {value!r}; give {'a whole number' if kind is int else 'a number'} {'above 0' if positive else f'of {low} or more'}")
+                raise InputError(
+                    f"{f.name}: {value!r}; give {'a whole number' if kind is int else 'a number'} {'above 0' if positive else f'of {low} or more'}"
+                )
         elif kind is bool and not isinstance(value, bool): raise InputError(f"{f.name}: {value!r}; give true or false")
         elif f.name in _CHOICES and value not in _CHOICES[f.name]: raise InputError(f"{f.name}: {value!r} is unknown; choose one of {', '.join(_CHOICES[f.name])}")
     epochs = r.epochs if isinstance(r.epochs, (list, tuple)) else ()
     if len(epochs) != 2 or not all(_is_number(e, int) and e >= low for e, low in zip(epochs, (0, 1))):
-        raise InputError(f"epochs: {r.epochs!r}; give two whole numbers, 0 or more of stage I and above 0 of stage II")
-    if not isinstance(r.weights, dict): raise InputError(f"weights: {r.weights!r}; give a dictionary of `LossWeights` fields")
+        raise InputError(
+            f"epochs: {r.epochs!r}; give two whole numbers, 0 or more of stage I and above 0 of stage II"
+        )
+    if not isinstance(r.weights, dict):
+        raise InputError(f"weights: {r.weights!r}; give a dictionary of `LossWeights` fields")
     LossWeights.preset(**r.weights)
 
 # %% ../../nbs/05_training/02_trainer.ipynb #e63fca27
@@ -85,18 +99,22 @@ class Recipe:
         _check_recipe(self)
         object.__setattr__(self, "epochs", tuple(self.epochs))
 
+# %% ../../nbs/05_training/02_trainer.ipynb #6b518a9d
 RECIPES = {"paper": Recipe(), "released": Recipe(loss="released"),
            "demo": Recipe(lr=2e-3, patch=64, stride=32, batch=4, lr_every=1, epochs=(2, 3), clip=0.1)}
 
+# %% ../../nbs/05_training/02_trainer.ipynb #9aed0db7
 def recipe(
     name: str = "paper",  # a key of `RECIPES`
     **overrides,  # fields of `Recipe` to replace
 ) -> Recipe:
     "A named recipe with fields replaced; unknown names raise `InputError`."
-    if name not in RECIPES: raise InputError(f"recipe: {name!r} is unknown; choose one of {', '.join(RECIPES)}")
+    if name not in RECIPES:
+        raise InputError(f"recipe: {name!r} is unknown; choose one of {', '.join(RECIPES)}")
     known = [f.name for f in fields(Recipe)]
     unknown = sorted(set(overrides) - set(known))
-    if unknown: raise InputError(f"{', '.join(unknown)}: no such setting; a recipe has {', '.join(known)}")
+    if unknown:
+        raise InputError(f"{', '.join(unknown)}: no such setting; a recipe has {', '.join(known)}")
     return replace(RECIPES[name], **overrides)
 
 # %% ../../nbs/05_training/02_trainer.ipynb #70a09dfc
@@ -110,6 +128,7 @@ def learning_rate(
     "Step decay with a floor (ledger row 11)."
     return max(r.lr * r.lr_factor ** (age // r.lr_every), min(r.lr_floor, r.lr))
 
+# %% ../../nbs/05_training/02_trainer.ipynb #3dc62b75
 def make_optimiser(
     model: SMFNet,
     r: Recipe,
@@ -118,6 +137,7 @@ def make_optimiser(
     groups = [{"params": list(getattr(model, name).parameters()), "name": name} for name in SUBNETWORKS]
     return torch.optim.Adam(groups, lr=r.lr)
 
+# %% ../../nbs/05_training/02_trainer.ipynb #bf1b0844
 def clip_gradients(
     model: SMFNet,
     limit: float,  # largest norm of each sub-network; 0 only measures
@@ -141,6 +161,7 @@ def faded(
 class TrainingError(RuntimeError):
     "Training cannot go on; the message says where the evidence was saved."
 
+# %% ../../nbs/05_training/02_trainer.ipynb #9ea08442
 def batch_loss(
     model: nn.Module,  # called with ir, vis and stage
     batch: dict[str, Tensor],  # `ir` and `vis`, B×1×h×h, [0,1]
@@ -156,6 +177,7 @@ def batch_loss(
     if stage == 1: settings["reading"] = r.reading
     return (stage1_loss, stage2_loss)[stage - 1](features, **batch, **settings)
 
+# %% ../../nbs/05_training/02_trainer.ipynb #13a14c3f
 def freeze_batchnorm(
     model: nn.Module,
 ) -> None:
@@ -183,7 +205,9 @@ class Team:
         accelerator=None,  # None: a single process
     ):
         self.accelerator = accelerator
-        self.rank, self.size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+        self.rank, self.size = (
+            (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+        )
 
     @property
     def main(self) -> bool:  # True in exactly one process
@@ -228,8 +252,12 @@ class Trainer:
         self.team, self.device = Team(accelerator), str(accelerator.device) if accelerator else device
         _check_run(self.team, self.device, r, data, tuple(stages), sync_batchnorm)
         if sync_batchnorm and self.team.size > 1: nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self.model, self.data, self.recipe, self.folder, self.seed = model.to(self.device), data, r, Path(folder), seed
-        self.stages, self.checkpoint_every, self.dtype = tuple(stages), checkpoint_every, next(model.parameters()).dtype
+        self.model, self.data, self.recipe, self.folder, self.seed = (
+            model.to(self.device), data, r, Path(folder), seed,
+        )
+        self.stages, self.checkpoint_every, self.dtype = (
+            tuple(stages), checkpoint_every, next(model.parameters()).dtype,
+        )
         self.validate, self.validate_every = validate, validate_every
         if r.channels_last: model.to(memory_format=torch.channels_last)
         self.call = torch.compile(model) if r.compile else model
@@ -249,6 +277,7 @@ def new_optimiser(self: Trainer) -> torch.optim.Optimizer:
     "The optimiser of a new run."
     return make_optimiser(self.model, self.recipe)
 
+# %% ../../nbs/05_training/02_trainer.ipynb #dd0cedd1
 @patch
 def loss(
     self: Trainer,
@@ -257,11 +286,13 @@ def loss(
     "Forward pass and loss of one batch in the present stage."
     return batch_loss(self.call, batch, self.recipe, self.progress.stage)
 
+# %% ../../nbs/05_training/02_trainer.ipynb #ff957aa9
 @patch
 def clip(self: Trainer) -> dict[str, Tensor]:  # norm of each part before clipping
     "Clip the gradients that a step has gathered."
     return clip_gradients(self.model, self.recipe.clip)
 
+# %% ../../nbs/05_training/02_trainer.ipynb #22a15011
 @patch
 def set_rates(self: Trainer) -> None:
     "Give every parameter group the learning rate of the present step."
@@ -274,31 +305,51 @@ def set_rates(self: Trainer) -> None:
 def _check_run(team: Team, device: str, r: Recipe, data: PatchSet, stages: tuple[int, ...], sync_batchnorm: bool) -> None:
     "Raise `InputError` for what cannot be trained."
     if r.batch * r.accumulate > len(data):
-        what = f"batch: {r.batch} pairs" + (f", accumulate: {r.accumulate} batches" if r.accumulate > 1 else "")
+        what = f"batch: {r.batch} pairs" + (
+            f", accumulate: {r.accumulate} batches" if r.accumulate > 1 else ""
+        )
         raise InputError(f"{what}, but the data has only {len(data)} patches; choose a smaller batch")
-    if r.batch % team.size: raise InputError(f"batch: {r.batch} pairs cannot be shared evenly by {team.size} processes; choose a multiple of {team.size}")
-    if stages not in ((1,), (2,), (1, 2)): raise InputError(f"stages: {stages!r}; give (1,), (2,) or (1, 2)")
-    if 1 in stages and not r.epochs[0]: raise InputError(f"epochs: {r.epochs!r} has none of stage I; give some, or train with stages=(2,)")
-    if device.split(":")[0] not in ("cpu", "cuda"): raise InputError(f"device: {device!r} is unknown; use 'cpu' or 'cuda'")
-    if device.startswith("cuda") and not torch.cuda.is_available(): raise InputError(f"device: {device!r}, but PyTorch finds no CUDA device; use 'cpu'")
-    if sync_batchnorm and device == "cpu": raise InputError("sync_batchnorm: works on GPUs only; on CPUs use freeze_bn=True or leave it out")
+    if r.batch % team.size:
+        raise InputError(
+            f"batch: {r.batch} pairs cannot be shared evenly by {team.size} processes; choose a multiple of {team.size}"
+        )
+    if stages not in ((1,), (2,), (1, 2)):
+        raise InputError(f"stages: {stages!r}; give (1,), (2,) or (1, 2)")
+    if 1 in stages and not r.epochs[0]:
+        raise InputError(f"epochs: {r.epochs!r} has none of stage I; give some, or train with stages=(2,)")
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise InputError(f"device: {device!r} is unknown; use 'cpu' or 'cuda'")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device: {device!r}, but PyTorch finds no CUDA device; use 'cpu'")
+    if sync_batchnorm and device == "cpu":
+        raise InputError("sync_batchnorm: works on GPUs only; on CPUs use freeze_bn=True or leave it out")
 
+# %% ../../nbs/05_training/02_trainer.ipynb #e490c7e1
 def _identity(self, sync_batchnorm: bool) -> dict:
     "What a checkpoint must agree on to continue this run; `InputError` if the processes of a team differ."
-    found = {"config": self.model.config.stored(), "recipe": _plain(self.recipe), "seed": self.seed, "stages": list(self.stages),
-             "data": self.data.fingerprint(), "initial weights": _fingerprint(self.model)}
+    found = {
+        "config": self.model.config.stored(), "recipe": _plain(self.recipe), "seed": self.seed,
+        "stages": list(self.stages), "data": self.data.fingerprint(),
+        "initial weights": _fingerprint(self.model),
+    }
     if self.team.size > 1: found |= {"processes": self.team.size, "sync_batchnorm": sync_batchnorm}
     if not self.team.alike(json.dumps(found, sort_keys=True)):
-        raise InputError("the processes hold different data, settings or initial weights; seed and load alike in each")
+        raise InputError(
+            "the processes hold different data, settings or initial weights; seed and load alike in each"
+        )
     return found
 
+# %% ../../nbs/05_training/02_trainer.ipynb #e1530787
 def _plain(r: Recipe) -> dict:
     return json.loads(json.dumps(asdict(r)))
 
+# %% ../../nbs/05_training/02_trainer.ipynb #b96d2098
 def _fingerprint(model: nn.Module) -> str:
     "A checksum of all weights."
     h = hashlib.sha256()
-    for name, value in model.state_dict().items(): h.update(name.encode()); h.update(value.detach().cpu().numpy().tobytes())
+    for name, value in model.state_dict().items():
+        h.update(name.encode())
+        h.update(value.detach().cpu().numpy().tobytes())
     return h.hexdigest()
 
 # %% ../../nbs/05_training/02_trainer.ipynb #792dad38
@@ -310,11 +361,15 @@ def save(self: Trainer) -> Path | None:  # the checkpoint's JSON file; None outs
         with self.log.open("rb+") as f: os.fsync(f.fileno())
         self.progress.log_bytes = self.log.stat().st_size
     flat, groups = flatten_optimiser(self.optimiser)
-    tensors = {**{f"model.{k}": v for k, v in self.model.state_dict().items()}, **flat, "rng": torch.get_rng_state()}
+    tensors = {
+        **{f"model.{k}": v for k, v in self.model.state_dict().items()}, **flat,
+        "rng": torch.get_rng_state(),
+    }
     if self.device.startswith("cuda"): tensors["rng_cuda"] = torch.cuda.get_rng_state()
     return save_checkpoint(self.folder / "checkpoints", self.progress.step, tensors,
                            {"progress": asdict(self.progress), "groups": groups, "identity": self.identity})
 
+# %% ../../nbs/05_training/02_trainer.ipynb #9d0c3f47
 def _load(self) -> tuple[dict[str, Tensor], dict] | None:
     "The newest sound checkpoint, read by the main process, in every process."
     found, error = None, None
@@ -322,15 +377,19 @@ def _load(self) -> tuple[dict[str, Tensor], dict] | None:
         try: found = load_checkpoint(self.folder / "checkpoints")
         except InputError as e: error = str(e)
     found, error = self.team.from_main((found, error))
-    if error: raise InputError(error)
+    if error:
+        raise InputError(error)
     return found
 
+# %% ../../nbs/05_training/02_trainer.ipynb #145620df
 def _differences(old: dict, new: dict) -> list[str]:
     "Names of what differs, with the fields of configuration and recipe."
     def name(key):
         a, b = old.get(key), new.get(key)
         if not (isinstance(a, dict) and isinstance(b, dict)): return key
-        changed = [f"{k} {a.get(k)!r} instead of {b.get(k)!r}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+        changed = [
+            f"{k} {a.get(k)!r} instead of {b.get(k)!r}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)
+        ]
         return f"{key} ({', '.join(changed)})"
     return [name(k) for k in {**new, **old} if old.get(k) != new.get(k)]
 
@@ -348,7 +407,9 @@ def resume(
     differs = _differences(state["identity"], self.identity)
     if differs and other == "restart": return _set_aside(self, ["checkpoints", "log.jsonl"])
     if differs:
-        raise InputError(f"{self.folder}: holds a run with another {', '.join(differs)}; use another folder, or remove it to start over")
+        raise InputError(
+            f"{self.folder}: holds a run with another {', '.join(differs)}; use another folder, or remove it to start over"
+        )
     self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
     restore_optimiser(self.optimiser, tensors, state["groups"])
     torch.set_rng_state(tensors["rng"])
@@ -357,13 +418,19 @@ def resume(
     if self.team.main: _cut_log(self.log, self.progress.log_bytes)
     return True
 
+# %% ../../nbs/05_training/02_trainer.ipynb #0d92c63d
 def _cut_log(log: Path, size: int) -> None:
     "Drop records that were written after the checkpoint."
     found = log.stat().st_size if log.exists() else 0
-    if found < size: warnings.warn(f"{log}: records of earlier steps are missing; training goes on without them", stacklevel=3)
+    if found < size:
+        warnings.warn(
+            f"{log}: records of earlier steps are missing; training goes on without them", stacklevel=3
+        )
     elif found > size:
-        with log.open("r+b") as f: f.truncate(size)
+        with log.open("r+b") as f:
+            f.truncate(size)
 
+# %% ../../nbs/05_training/02_trainer.ipynb #0b17a146
 def _set_aside(self, names: list[str]) -> bool:
     "Move what another run left to old-1, old-2, …; always False, as nothing was resumed."
     found = [self.folder / n for n in names if (self.folder / n).exists()] if self.team.main else []
@@ -382,13 +449,18 @@ def record(self: Trainer, **values) -> None:
     with self.log.open("a") as f: f.write(json.dumps(line) + "\n")
     if self.on_record: self.on_record(line)
 
+# %% ../../nbs/05_training/02_trainer.ipynb #a813ef14
 def _evidence(self, batch: dict[str, Tensor], what: str) -> TrainingError:
     "Save a batch and say why training stops."
     p, share = self.progress, f"-process-{self.team.rank}" if self.team.size > 1 else ""
     path = self.folder / f"not-finite-step-{p.step}{share}.safetensors"
-    with atomic_path(path) as part: save_file({k: v.detach().cpu().contiguous() for k, v in batch.items()}, part)
-    return TrainingError(f"the {what} at stage {p.stage}, step {p.step}; the batch was saved to {path}, the last checkpoint is intact; try a lower learning rate")
+    with atomic_path(path) as part:
+        save_file({k: v.detach().cpu().contiguous() for k, v in batch.items()}, part)
+    return TrainingError(
+        f"the {what} at stage {p.stage}, step {p.step}; the batch was saved to {path}, the last checkpoint is intact; try a lower learning rate"
+    )
 
+# %% ../../nbs/05_training/02_trainer.ipynb #79b49fa4
 def _backward(self, batches: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], TrainingError | None]:
     "Gradients of the mean loss, with values for the log; stops at a loss that is not finite."
     values: dict[str, Tensor] = {}
@@ -396,17 +468,26 @@ def _backward(self, batches: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor]
         total, terms = self.loss(batch)
         now = {"loss": total.detach(), **{f"term.{k}": v for k, v in terms.items()}}
         if not math.isfinite(total.item()):
-            bad = ", ".join(k[5:] for k, v in now.items() if k != "loss" and not math.isfinite(v.item())) or "total"
+            bad = (
+                ", ".join(k[5:] for k, v in now.items() if k != "loss" and not math.isfinite(v.item()))
+                or "total"
+            )
             return now, _evidence(self, batch, f"loss is not finite (terms: {bad})")
         (total / len(batches)).backward()
         values = {k: values.get(k, 0) + v / len(batches) for k, v in now.items()}
     return values, None
 
+# %% ../../nbs/05_training/02_trainer.ipynb #51056f09
 def _average(self, values: dict[str, Tensor], failed: bool) -> tuple[dict[str, Tensor], bool]:
     "Average gradients, running statistics and logged values over the team in one exchange; whether any process failed."
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.model.parameters()]
     statistics = [b for b in self.model.buffers() if b.is_floating_point()]
-    report = torch.stack([*(v.to(self.dtype) for v in values.values()), torch.tensor(float(failed), dtype=self.dtype, device=self.device)])
+    report = torch.stack(
+        [
+            *(v.to(self.dtype) for v in values.values()),
+            torch.tensor(float(failed), dtype=self.dtype, device=self.device),
+        ]
+    )
     parts = [*gradients, *statistics, report]
     means = self.team.mean(torch.cat([t.flatten() for t in parts])).split([t.numel() for t in parts])
     for t, mean in zip(parts, means): t.copy_(mean.view_as(t))
@@ -418,15 +499,25 @@ def train_step(self: Trainer, batches: list[dict[str, Tensor]]) -> dict[str, flo
     "One optimiser step on `accumulate` batches, or in a team on this process's shares of them."
     p = self.progress
     self.optimiser.zero_grad(set_to_none=True)
-    batches = [{k: v.to(self.device, self.dtype if v.is_floating_point() else None) for k, v in batch.items()} for batch in batches]
+    batches = [
+        {k: v.to(self.device, self.dtype if v.is_floating_point() else None) for k, v in batch.items()}
+        for batch in batches
+    ]
     values, error = _backward(self, batches)
     if self.team.size > 1:
         values, failed = _average(self, values, error is not None)
-        if failed and not error: error = TrainingError(f"another process stopped at stage {p.stage}, step {p.step}: its loss is not finite")
-    if error: raise error
+        if failed and not error:
+            error = TrainingError(
+                f"another process stopped at stage {p.stage}, step {p.step}: its loss is not finite"
+            )
+    if error:
+        raise error
     norms = {k: v.item() for k, v in self.clip().items()}
     if bad := [k for k, v in norms.items() if not math.isfinite(v)]:
-        raise _evidence(self, {k: torch.cat([b[k] for b in batches]) for k in batches[0]}, f"gradient of {', '.join(bad)} is not finite")
+        raise _evidence(
+            self, {k: torch.cat([b[k] for b in batches]) for k in batches[0]},
+            f"gradient of {', '.join(bad)} is not finite",
+        )
     self.set_rates()
     self.optimiser.step()
     return {**{k: v.item() for k, v in values.items()}, **{f"norm.{k}": v for k, v in norms.items()}}
@@ -446,15 +537,19 @@ def fit(
     total = sum(r.epochs[s - 1] for s in self.stages) * (self.batches // r.accumulate)
     with tqdm(total=total, initial=min(p.step, total), desc="train", disable=not (progress and self.team.main), mininterval=1) as bar:
         while not p.done:
-            if not _epoch(self, end, bar): self.save(); return False
+            if not _epoch(self, end, bar):
+                self.save()
+                return False
             _finish_epoch(self)
     return True
 
+# %% ../../nbs/05_training/02_trainer.ipynb #96ce48d2
 def _time_is_up(self, end: float) -> bool:
     "Whether the budget is used, by the clock of any process; the answer is the same in all."
     if end == math.inf: return False
     return self.team.mean(torch.tensor(float(time.monotonic() > end), device=self.device)).item() > 0
 
+# %% ../../nbs/05_training/02_trainer.ipynb #af3b2191
 def _epoch(self, end: float, bar) -> bool:
     "The rest of the current epoch; False when the time is up."
     p, r = self.progress, self.recipe
@@ -465,19 +560,24 @@ def _epoch(self, end: float, bar) -> bool:
     for batch in source:
         if p.batch >= self.batches: break
         if not waiting and _time_is_up(self, end): return False
-        waiting.append(batch); p.batch += 1
+        waiting.append(batch)
+        p.batch += 1
         if len(waiting) < r.accumulate: continue
         start = time.perf_counter()
         values = self.train_step(waiting)
         spent = time.perf_counter() - start
         p.step, p.seconds = p.step + 1, p.seconds + spent
-        self.record(kind="step", stage=p.stage, epoch=p.epoch, step=p.step, lr=self.optimiser.param_groups[0]["lr"],
-                    images_per_second=len(waiting) * r.batch / spent, **values)
+        self.record(
+            kind="step", stage=p.stage, epoch=p.epoch, step=p.step, lr=self.optimiser.param_groups[0]["lr"],
+            images_per_second=len(waiting) * r.batch / spent, **values,
+        )
         waiting = []
-        bar.update(); bar.set_postfix(stage=p.stage, epoch=p.epoch, loss=f"{values['loss']:.3f}", refresh=False)
+        bar.update()
+        bar.set_postfix(stage=p.stage, epoch=p.epoch, loss=f"{values['loss']:.3f}", refresh=False)
         if p.step % self.checkpoint_every == 0: self.save()
     return True
 
+# %% ../../nbs/05_training/02_trainer.ipynb #844280a1
 def _finish_epoch(self) -> None:
     "Validate, move to the next epoch or stage, save."
     p, r = self.progress, self.recipe
@@ -487,7 +587,11 @@ def _finish_epoch(self) -> None:
         self.record(kind="validation", stage=p.stage, epoch=p.epoch, step=p.step, **self.validate(self.model))
     p.epoch, p.batch = p.epoch + 1, 0
     if last:
-        if self.team.main: self.model.save(self.folder / f"stage{p.stage}.safetensors", seed=str(self.seed), recipe=json.dumps(_plain(r)), step=str(p.step))
+        if self.team.main:
+            self.model.save(
+                self.folder / f"stage{p.stage}.safetensors", seed=str(self.seed),
+                recipe=json.dumps(_plain(r)), step=str(p.step),
+            )
         p.done = p.stage == self.stages[-1]
         if not p.done: p.stage, p.epoch = self.stages[self.stages.index(p.stage) + 1], 0
     self.save()

@@ -26,14 +26,32 @@ from scipy import ndimage
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOTS = ROOT / "runs" / "browser"
-CHROMIUM = os.environ.get("SMFNET_CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
-START, STEP = 180, 120  # seconds: a server with its kernel, one answer of a kernel; generous, as machines of CI are slow
+CHROMIUM = os.environ.get("SMFNET_CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+START, STEP = (
+    180,
+    120,
+)  # seconds: a server with its kernel, one answer of a kernel; generous, as machines of CI are slow
 STEM, OTHER = "scene_0000_day", "scene_0003_smoke"
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
-if not CHROMIUM: pytest.skip("no Chromium: run 'make browser', or set SMFNET_CHROMIUM to its path", allow_module_level=True)
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'"
+)
+if not CHROMIUM:
+    pytest.skip(
+        "no Chromium: run 'make browser', or set SMFNET_CHROMIUM to its path", allow_module_level=True
+    )
 
 
 # --- servers and pages -----------------------------------------------------------------------------------------
@@ -41,12 +59,17 @@ if not CHROMIUM: pytest.skip("no Chromium: run 'make browser', or set SMFNET_CHR
 
 def once_more(test):
     """Run a test a second time if it fails: a browser and a server on a busy machine are no clockwork."""
+
     @functools.wraps(test)
     def twice(*args, **kwargs):
-        try: return test(*args, **kwargs)
-        except (Exception, playwright.Error) as e:
-            warnings.warn(f"{test.__name__} is tried again after {type(e).__name__}: {str(e)[:300]}", stacklevel=1)
+        try:
             return test(*args, **kwargs)
+        except (Exception, playwright.Error) as e:
+            warnings.warn(
+                f"{test.__name__} is tried again after {type(e).__name__}: {str(e)[:300]}", stacklevel=1
+            )
+            return test(*args, **kwargs)
+
     return twice
 
 
@@ -59,21 +82,34 @@ def free_port() -> int:
 
 def isolated(folder: Path) -> dict[str, str]:
     """Environment in which Jupyter reads and writes nothing of the user's."""
-    places = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime", "IPYTHONDIR": "ipython",
-              "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces", "HOME": "home"}
-    for place in places.values(): (folder / place).mkdir(parents=True, exist_ok=True)
+    places = {
+        "JUPYTER_CONFIG_DIR": "config",
+        "JUPYTER_DATA_DIR": "data",
+        "JUPYTER_RUNTIME_DIR": "runtime",
+        "IPYTHONDIR": "ipython",
+        "JUPYTERLAB_SETTINGS_DIR": "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+        "HOME": "home",
+    }
+    for place in places.values():
+        (folder / place).mkdir(parents=True, exist_ok=True)
     labconfig = folder / "config" / "labconfig"
     labconfig.mkdir(exist_ok=True)
     off = {"@jupyterlab/apputils-extension:announcements": True}
     (labconfig / "page_config.json").write_text(json.dumps({"disabledExtensions": off}), encoding="utf-8")
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JUPYTER", "PYTEST"))}
-    return env | {k: str(folder / v) for k, v in places.items()} | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    return (
+        env
+        | {k: str(folder / v) for k, v in places.items()}
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    )
 
 
 def end(process: subprocess.Popen) -> None:
     """End a server and what it started."""
     for number, wait in ((signal.SIGTERM, 15), (signal.SIGKILL, 5)):
-        with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(wait)
             return
@@ -83,18 +119,49 @@ def end(process: subprocess.Popen) -> None:
 def server(kind: str, folder: Path):
     """Serve a copy of the app notebooks on a free port of the loopback interface; gives the address."""
     apps, port = folder / "apps", free_port()
-    if not apps.exists(): shutil.copytree(ROOT / "nbs" / "apps", apps)
-    lab = ["-m", "jupyterlab", f"--ServerApp.root_dir={apps}", f"--ServerApp.port={port}", "--ServerApp.ip=127.0.0.1", "--ServerApp.port_retries=0",
-           "--ServerApp.open_browser=False", "--IdentityProvider.token=", "--ServerApp.password=", "--ServerApp.allow_root=True",
-           "--LabApp.expose_app_in_browser=True", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
-    voila = ["-m", "voila", str(apps), f"--port={port}", "--Voila.ip=127.0.0.1", "--no-browser", "--TagRemovePreprocessor.remove_cell_tags=remove-cell"]
+    if not apps.exists():
+        shutil.copytree(ROOT / "nbs" / "apps", apps)
+    lab = [
+        "-m",
+        "jupyterlab",
+        f"--ServerApp.root_dir={apps}",
+        f"--ServerApp.port={port}",
+        "--ServerApp.ip=127.0.0.1",
+        "--ServerApp.port_retries=0",
+        "--ServerApp.open_browser=False",
+        "--IdentityProvider.token=",
+        "--ServerApp.password=",
+        "--ServerApp.allow_root=True",
+        "--LabApp.expose_app_in_browser=True",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+    ]
+    voila = [
+        "-m",
+        "voila",
+        str(apps),
+        f"--port={port}",
+        "--Voila.ip=127.0.0.1",
+        "--no-browser",
+        "--TagRemovePreprocessor.remove_cell_tags=remove-cell",
+    ]
     log = (folder / f"{kind}.log").open("w")
-    process = subprocess.Popen([sys.executable, *(lab if kind == "lab" else voila)], cwd=folder, env=isolated(folder), stdin=subprocess.DEVNULL,
-                               stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, *(lab if kind == "lab" else voila)],
+        cwd=folder,
+        env=isolated(folder),
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     try:
+
         def answers():
-            if process.poll() is not None: raise RuntimeError((folder / f"{kind}.log").read_text()[-3000:])
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5): return True
+            if process.poll() is not None:
+                raise RuntimeError((folder / f"{kind}.log").read_text()[-3000:])
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5):
+                return True
+
         until(answers, START)
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -111,7 +178,8 @@ def browser_page(*, width: int = 1366, height: int = 768):
             page = browser.new_page(viewport={"width": width, "height": height})
             page.set_default_timeout(1000 * STEP)
             yield page
-        finally: browser.close()
+        finally:
+            browser.close()
 
 
 @contextlib.contextmanager
@@ -128,12 +196,15 @@ def until(condition, limit: float = STEP):
     stop, error = time.monotonic() + limit, None
     while time.monotonic() < stop:
         try:
-            if found := condition(): return found
+            if found := condition():
+                return found
             error = None
         except (AssertionError, playwright.Error) as e:  # not yet there
             error = e
         time.sleep(0.2)
-    raise error or TimeoutError(f"{getattr(condition, '__name__', 'condition')} did not come true within {limit} s")
+    raise error or TimeoutError(
+        f"{getattr(condition, '__name__', 'condition')} did not come true within {limit} s"
+    )
 
 
 # --- what is on the screen -------------------------------------------------------------------------------------
@@ -236,10 +307,19 @@ def zoom_and_check(page, images: dict[str, np.ndarray]) -> None:
     until(lambda: status.inner_text().startswith("zoom 4.0×"))
     for title, image in images.items():
         h, w = image.shape[:2]
-        at = lambda y, x: image[round(h * y):round(h * (y + 0.25)), round(w * x):round(w * (x + 0.25))]  # noqa: B023
+        at = lambda y, x: image[round(h * y) : round(h * (y + 0.25)), round(w * x) : round(w * (x + 0.25))]  # noqa: B023
         seen = pixels(pane(page, title).locator(".smf-frame"))
-        differences = {name: alike(seen, at(*place), (0.1, 0.9)) for name, place in {"same": (0.375, 0.375), "lower": (0.405, 0.375), "left": (0.375, 0.345)}.items()}
-        assert differences["same"] < 8 and 1.5 * differences["same"] < min(differences["lower"], differences["left"]), f"{title} shows another patch: {differences}"
+        differences = {
+            name: alike(seen, at(*place), (0.1, 0.9))
+            for name, place in {
+                "same": (0.375, 0.375),
+                "lower": (0.405, 0.375),
+                "left": (0.375, 0.345),
+            }.items()
+        }
+        assert differences["same"] < 8 and 1.5 * differences["same"] < min(
+            differences["lower"], differences["left"]
+        ), f"{title} shows another patch: {differences}"
     frame.focus()
     page.keyboard.press("ArrowRight")
     assert "columns 40–65 %" in status.inner_text()
@@ -262,7 +342,10 @@ def look_around(page, scenes) -> None:
     from smfnet.compare.collection import captions
 
     images = lambda stem: {m: scenes.image(stem, m) for m in scenes.methods}
-    written = lambda stem: {m: {k: (v, r) for k, v, r in c} for m, c in captions({m: scenes.scores(stem, m) for m in scenes.methods}).items()}
+    written = lambda stem: {
+        m: {k: (v, r) for k, v, r in c}
+        for m, c in captions({m: scenes.scores(stem, m) for m in scenes.methods}).items()
+    }
     until(lambda: shows(page.locator(".smf-left").first, scenes.image(STEM, "infrared")))
     assert shows(page.locator(".smf-right").first, scenes.image(STEM, "smfnet tiny"))
     drag_and_check(page, scenes.image(STEM, "infrared"), scenes.image(STEM, "smfnet tiny"))
@@ -325,32 +408,51 @@ def test_upload_in_voila(tmp_path_factory):
     from smfnet.data.scenes import render_scene
 
     folder = tmp_path_factory.mktemp("upload")
-    scene, noise = render_scene(267, size=(120, 160)), np.random.default_rng(0).integers(0, 256, (3000, 4200), dtype=np.uint8)
+    scene, noise = (
+        render_scene(267, size=(120, 160)),
+        np.random.default_rng(0).integers(0, 256, (3000, 4200), dtype=np.uint8),
+    )
     ir, vis = picture(folder, "ir.png", scene.ir), picture(folder, "street.png", scene.vis)
     (folder / "notes <b>.pdf").write_bytes(b"%PDF-1.7 no image")
-    with (folder / "film.tif").open("wb") as f: f.truncate(70 << 20)
+    with (folder / "film.tif").open("wb") as f:
+        f.truncate(70 << 20)
     with voila(folder, "upload", ".smf-file") as page:
-        pick = lambda side, path: page.locator(".smf-file").nth(("ir", "vis").index(side)).set_input_files(path)
-        says = lambda text, role: until(lambda: text in page.locator(f".smf-message[role={role}]").first.inner_text(timeout=1000), STEP)
-        pick("ir", ir); says("now choose the visible file", "status")
-        pick("vis", folder / "notes <b>.pdf"); says("notes <b>.pdf: not a readable image", "alert")
-        pick("vis", picture(folder, "small.png", scene.vis[:64])); says("differ in size", "alert")
+        pick = lambda side, path: (
+            page.locator(".smf-file").nth(("ir", "vis").index(side)).set_input_files(path)
+        )
+        says = lambda text, role: until(
+            lambda: text in page.locator(f".smf-message[role={role}]").first.inner_text(timeout=1000), STEP
+        )
+        pick("ir", ir)
+        says("now choose the visible file", "status")
+        pick("vis", folder / "notes <b>.pdf")
+        says("notes <b>.pdf: not a readable image", "alert")
+        pick("vis", picture(folder, "small.png", scene.vis[:64]))
+        says("differ in size", "alert")
         shoot(page, "voila_upload_mismatch")
-        pick("vis", folder / "film.tif"); says("film.tif: 70 MB; files up to 64 MB", "alert")
-        pick("vis", vis); says("fused by smfnet tiny", "status")
+        pick("vis", folder / "film.tif")
+        says("film.tif: 70 MB; files up to 64 MB", "alert")
+        pick("vis", vis)
+        says("fused by smfnet tiny", "status")
         content = read_upload(ir=(ir.name, ir.read_bytes()), vis=(vis.name, vis.read_bytes()))
-        expected = Collection(PairSet([("x", _InMemory(content))], name="x"), models=live_models()).image("x", "smfnet tiny")
+        expected = Collection(PairSet([("x", _InMemory(content))], name="x"), models=live_models()).image(
+            "x", "smfnet tiny"
+        )
         assert shows(pane(page, "smfnet tiny").locator("img"), expected)
         assert alike(pixels(pane(page, "smfnet tiny").locator(".smf-frame")), expected, (0.05, 0.95)) < 8
         shoot(page, "voila_upload")
         page.get_by_label("fused by", exact=True).select_option("average")
         until(lambda: pane(page, "average").count() == 1)
-        pick("ir", picture(folder, "wide_ir.png", noise)); says("differ in size", "alert")  # 12 MB: more than one message may carry
-        pick("vis", picture(folder, "wide_vis.png", noise[::-1])); says("4200×3000 pixels are too many", "status")
+        pick("ir", picture(folder, "wide_ir.png", noise))
+        says("differ in size", "alert")  # 12 MB: more than one message may carry
+        pick("vis", picture(folder, "wide_vis.png", noise[::-1]))
+        says("4200×3000 pixels are too many", "status")
         assert source(pane(page, "average").locator("img")).size <= 800_000
         shoot(page, "voila_upload_huge")
-        pick("vis", vis); says("differ in size", "alert")
-        pick("ir", ir); until(lambda: shows(pane(page, "infrared").locator("img"), scene.ir))
+        pick("vis", vis)
+        says("differ in size", "alert")
+        pick("ir", ir)
+        until(lambda: shows(pane(page, "infrared").locator("img"), scene.ir))
 
 
 @once_more
@@ -359,10 +461,17 @@ def test_missing_weights_in_voila(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     shutil.copytree(ROOT / "nbs" / "apps", folder / "apps")
     notebook = folder / "apps" / "metrics.ipynb"
-    notebook.write_text(notebook.read_text(encoding="utf-8").replace('\\"tiny\\"', '\\"gone.safetensors\\"'), encoding="utf-8")
+    notebook.write_text(
+        notebook.read_text(encoding="utf-8").replace('\\"tiny\\"', '\\"gone.safetensors\\"'), encoding="utf-8"
+    )
     with voila(folder, "metrics", ".smf-message") as page:
-        assert "gone.safetensors: no such weights file" in page.locator(".smf-message[role=alert]").inner_text()
-        assert page.get_by_label("fused by", exact=True).locator("option").all_inner_texts() == ["average", "maximum"]
+        assert (
+            "gone.safetensors: no such weights file" in page.locator(".smf-message[role=alert]").inner_text()
+        )
+        assert page.get_by_label("fused by", exact=True).locator("option").all_inner_texts() == [
+            "average",
+            "maximum",
+        ]
         page.locator(".smf-scores").wait_for()
         assert "Traceback" not in page.content()
         shoot(page, "voila_missing_weights")
@@ -380,13 +489,18 @@ def test_metrics_in_voila(tmp_path_factory, scenes):
     sources = {k: to_levels(x).astype(np.float32) for k, x in (("ir", content.ir), ("vis", content.vis))}
 
     def row(page, name):
-        return page.locator(".smf-scores tr", has=page.locator("th", has_text=name)).locator("td").all_inner_texts()
+        return (
+            page.locator(".smf-scores tr", has=page.locator("th", has_text=name))
+            .locator("td")
+            .all_inner_texts()
+        )
 
     with voila(tmp_path_factory.mktemp("metrics"), "metrics", ".smf-scores") as page:
         before = [shown(v) for v in evaluate(fused=plain, **sources).values()]
         assert row(page, "smfnet tiny") == row(page, "distorted") == before
         page.locator(".widget-slider", has_text="noise").locator(".noUi-handle").focus()
-        for _ in range(8): page.keyboard.press("ArrowRight")
+        for _ in range(8):
+            page.keyboard.press("ArrowRight")
         page.locator(".widget-slider", has_text="shift").locator(".noUi-handle").focus()
         page.keyboard.press("ArrowRight")
         expected = to_levels(Distortion(noise=0.08, shift=1)(plain / 255))
@@ -397,7 +511,9 @@ def test_metrics_in_voila(tmp_path_factory, scenes):
         box = page.locator(".smf-swipe").first
         seen, untouched = pixels(box), plain.astype(np.uint8)
         assert alike(seen, untouched, (0.05, 0.45)) < 6
-        assert alike(seen, expected, (0.55, 0.95)) < 6 and 1.2 * alike(seen, expected, (0.55, 0.95)) < alike(seen, untouched, (0.55, 0.95))
+        assert alike(seen, expected, (0.55, 0.95)) < 6 and 1.2 * alike(seen, expected, (0.55, 0.95)) < alike(
+            seen, untouched, (0.55, 0.95)
+        )
         shoot(page, "voila_metrics")
         page.get_by_role("button", name="reset").click()
         until(lambda: row(page, "distorted") == before)
@@ -414,7 +530,9 @@ def test_explorer_in_voila(tmp_path_factory, scenes):
     from smfnet.data.images import to_levels
 
     content, model = scenes.content(STEM), scenes.models["smfnet tiny"]
-    features = model.features(**{k: torch.from_numpy(np.ascontiguousarray(getattr(content, k)))[None, None] for k in ("vis", "ir")})
+    features = model.features(
+        **{k: torch.from_numpy(np.ascontiguousarray(getattr(content, k)))[None, None] for k in ("vis", "ir")}
+    )
     with voila(tmp_path_factory.mktemp("explore"), "explore", ".smf-effect") as page:
         planes = [plane(features[n]) for n in ("ir_base", "vis_base", "base_fused")]
         expected = to_levels(drawn(planes[0], limit_of(planes)))
@@ -465,5 +583,7 @@ def test_large_swipe_is_fluid(tmp_path):
         }""")
         shoot(page, "static_swipe_1280x1024")
         print(f"1280×1024: median {np.median(times):.1f} ms a move, slowest {max(times):.1f} ms")
-        assert np.median(times) < 100  # 17 ms is one frame of a screen; the bound leaves room for a busy machine without a GPU
+        assert (
+            np.median(times) < 100
+        )  # 17 ms is one frame of a screen; the bound leaves room for a busy machine without a GPU
         assert int(page.locator(".smf-handle").get_attribute("aria-valuenow")) == 98

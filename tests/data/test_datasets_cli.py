@@ -36,13 +36,26 @@ def test_add_verify_list(tmp_path, capsys):
     assert "corrupt: M3FD/M3FD_Detection/Ir/00001.png" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("line", ["data verify", "data verify TNO", "data verify Nothing", "data get M3FD", "data get TNO train", "data add TNO gone.zip", "data add scenes .", "data check", "data check gone",
-                                  "data get TNO --mirror http://127.0.0.1:1 --root new"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "data verify",
+        "data verify TNO",
+        "data verify Nothing",
+        "data get M3FD",
+        "data get TNO train",
+        "data add TNO gone.zip",
+        "data add scenes .",
+        "data check",
+        "data check gone",
+        "data get TNO --mirror http://127.0.0.1:1 --root new",
+    ],
+)
 def test_bad_requests_are_one_line(line, capsys, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     assert main(line.split()) == 2
     out, err = capsys.readouterr()
-    message = err[err.index("smfnet: error: "):]
+    message = err[err.index("smfnet: error: ") :]
     assert not out and message.count("\n") == 1 and "Traceback" not in err
 
 

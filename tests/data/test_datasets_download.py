@@ -11,9 +11,9 @@ from urllib.parse import unquote
 import pytest
 from datasets_toys import files_below, real, toy  # noqa: F401  (fixtures)
 
+from smfnet.core.checks import InputError
 from smfnet.data import acquire
 from smfnet.data.acquire import STAGE, get, verify
-from smfnet.core.checks import InputError
 from smfnet.data.registry import find_set
 
 pytest.importorskip("pooch")
@@ -38,7 +38,7 @@ class Handler(SimpleHTTPRequestHandler):
             return self.send_error(mood)
         body = self.site.read(path)
         if mood == "corrupt":
-            body = body[:len(body) // 2] + bytes([body[len(body) // 2] ^ 1]) + body[len(body) // 2 + 1:]
+            body = body[: len(body) // 2] + bytes([body[len(body) // 2] ^ 1]) + body[len(body) // 2 + 1 :]
         if mood == "page":
             body = b"<html>please sign in</html>"
         self.send_response(200)
@@ -46,7 +46,7 @@ class Handler(SimpleHTTPRequestHandler):
             self.send_header("Content-Length", str(len(body) * (1000 if mood == "endless" else 1)))
         self.end_headers()
         with contextlib.suppress(OSError):
-            self.wfile.write(body[:len(body) // 2] if mood in ("cut", "stall", "unsized") else body)
+            self.wfile.write(body[: len(body) // 2] if mood in ("cut", "stall", "unsized") else body)
             if mood == "endless":
                 for _ in range(999):
                     self.wfile.write(body)
@@ -74,11 +74,32 @@ def site(tmp_path):
 
 
 def fetch(toy, site, tmp_path, **options):  # noqa: F811
-    return get(toy, **{"root": tmp_path / "data", "mirror": site.url, "timeout": 0.3, "pause": 0.01, "progress": False, **options})
+    return get(
+        toy,
+        **{
+            "root": tmp_path / "data",
+            "mirror": site.url,
+            "timeout": 0.3,
+            "pause": 0.01,
+            "progress": False,
+            **options,
+        },
+    )
 
 
-@pytest.mark.parametrize(("mood", "says"), [("cut", "connection broke"), ("stall", "stalled"), ("corrupt", "not what the registry knows"), ("endless", "sends more than"),
-                                            ("unsized", "not what the registry knows"), ("page", "not what the registry knows"), (404, "404"), (503, "503")])
+@pytest.mark.parametrize(
+    ("mood", "says"),
+    [
+        ("cut", "connection broke"),
+        ("stall", "stalled"),
+        ("corrupt", "not what the registry knows"),
+        ("endless", "sends more than"),
+        ("unsized", "not what the registry knows"),
+        ("page", "not what the registry knows"),
+        (404, "404"),
+        (503, "503"),
+    ],
+)
 def test_a_server_that_fails_for_good(toy, site, tmp_path, mood, says):  # noqa: F811
     site.mood = lambda path, visit: mood if path == "toy/test/vi/1.png" else None
     with pytest.raises(InputError, match=says) as e:
@@ -124,10 +145,17 @@ def test_user_files_stay(toy, site, tmp_path):  # noqa: F811
     (tmp_path / "data/toy/test/ir/0.png").write_bytes(b"damaged")
     (tmp_path / "data/toy/test/vi/2.png").unlink()
     report = verify(toy, root=tmp_path / "data")
-    assert list(report.corrupt) == ["toy/test/ir/0.png"] and list(report.missing) == ["toy/test/vi/2.png"] and list(report.extra) == ["toy/test/notes.txt"]
+    assert (
+        list(report.corrupt) == ["toy/test/ir/0.png"]
+        and list(report.missing) == ["toy/test/vi/2.png"]
+        and list(report.extra) == ["toy/test/notes.txt"]
+    )
     fetch(toy, site, tmp_path)
     report = verify(toy, root=tmp_path / "data")
-    assert not (report.corrupt or report.missing) and (tmp_path / "data/toy/test/notes.txt").read_text() == "mine"
+    assert (
+        not (report.corrupt or report.missing)
+        and (tmp_path / "data/toy/test/notes.txt").read_text() == "mine"
+    )
 
 
 def test_sets_behind_pages_are_not_fetched(tmp_path):
@@ -140,7 +168,12 @@ def test_sets_behind_pages_are_not_fetched(tmp_path):
 
 def test_real_sets_end_to_end(real, tmp_path):  # noqa: F811
     """The addresses of the registry, served from here: what arrives is what the registry says."""
-    known = {f.url.split("/", 3)[3]: real / f.path for n in ("TNO", "RoadScene", "MSRS") for s in find_set(n).splits.values() for f in s.files}
+    known = {
+        f.url.split("/", 3)[3]: real / f.path
+        for n in ("TNO", "RoadScene", "MSRS")
+        for s in find_set(n).splits.values()
+        for f in s.files
+    }
     site = Site(lambda path: Path(known[path]).read_bytes())
     site.mood = lambda path, visit: "cut" if visit == 1 and hash(path) % 50 == 0 else None
     for name, pairs in (("TNO", 25), ("RoadScene", 221), ("MSRS", 25)):
@@ -155,7 +188,12 @@ def test_what_is_in_the_shared_place_is_not_fetched(toy, site, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SMFNET_DATA", str(tmp_path / "home"))
     outcome = get(toy, mirror=site.url, progress=False)
-    assert not outcome.installed and len(outcome.notes) == 2 and not site.visits and not (tmp_path / "data/toy").exists()
+    assert (
+        not outcome.installed
+        and len(outcome.notes) == 2
+        and not site.visits
+        and not (tmp_path / "data/toy").exists()
+    )
 
 
 def test_interrupted_from_the_keyboard(toy, site, tmp_path, monkeypatch):  # noqa: F811

@@ -9,11 +9,11 @@ import torch
 from datasets_toys import png, real, scenes, toy  # noqa: F401  (fixtures)
 from PIL import Image
 
-from smfnet.data import pairs as pairs_module
 from smfnet.core.checks import InputError
-from smfnet.data.patches import PatchSet, load_pairs
+from smfnet.data import pairs as pairs_module
 from smfnet.data.pair_check import check_pairs, estimate_shift, overlap
 from smfnet.data.pairs import PixelCache, get_pairs, patch_loader, read_boxes, read_mask
+from smfnet.data.patches import PatchSet, load_pairs
 
 
 @pytest.fixture
@@ -64,7 +64,12 @@ def test_pickled_pairs_carry_no_pixels(folder):
 def test_cache_counts_bytes():
     cache = PixelCache(10_000)
     for key in range(50):
-        cache.get(key, lambda: pairs_module.Content(np.zeros((10, 10), np.float32), np.zeros((10, 10), np.float32), None))
+        cache.get(
+            key,
+            lambda: pairs_module.Content(
+                np.zeros((10, 10), np.float32), np.zeros((10, 10), np.float32), None
+            ),
+        )
         assert cache.used == sum(c.bytes for c in cache.kept.values()) <= 10_000
 
 
@@ -88,7 +93,9 @@ def test_partial_set_is_an_error(toy, tmp_path):  # noqa: F811
     assert loose.stems == ["0", "2"] and list(loose.problems) == ["1"]
 
 
-@pytest.mark.parametrize("text", ["", "<annotation>", "{}", "<annotation><object><name>car</name></object></annotation>"])
+@pytest.mark.parametrize(
+    "text", ["", "<annotation>", "{}", "<annotation><object><name>car</name></object></annotation>"]
+)
 def test_damaged_annotations(tmp_path, text):
     for suffix in ("xml", "json"):
         (tmp_path / f"a.{suffix}").write_text(text)
@@ -159,11 +166,18 @@ def test_checker_finds_a_known_shift(tmp_path):
     for i, pair in enumerate(list(get_pairs("scenes", "test"))[:2]):
         ir, vis = overlap(pair.ir, pair.vis, -7, 5)
         shift = estimate_shift(ir=ir, vis=vis)
-        assert (shift.rows, shift.columns) == (7, -5) and shift.likely() and not estimate_shift(ir=pair.ir, vis=pair.vis).likely()
+        assert (
+            (shift.rows, shift.columns) == (7, -5)
+            and shift.likely()
+            and not estimate_shift(ir=pair.ir, vis=pair.vis).likely()
+        )
         for side, x in (("ir", ir), ("vi", vis)):
             png(tmp_path / f"{side}/{i}.png", np.rint(x * 255).astype(np.uint8))
     report = check_pairs(get_pairs(tmp_path), pictures=tmp_path / "pictures", progress=False)
-    assert [f.fault for f in report.findings] == ["shift", "shift"] and "7 pixels lower and 5 further left" in report.findings[0].text
+    assert [f.fault for f in report.findings] == [
+        "shift",
+        "shift",
+    ] and "7 pixels lower and 5 further left" in report.findings[0].text
     assert len(list((tmp_path / "pictures").iterdir())) == 2
     assert not check_pairs(get_pairs(tmp_path), tolerance=20, progress=False).findings
 
@@ -188,5 +202,7 @@ def test_benchmark_of_loading(folder):
 
     from bench.loading import measure
 
-    found = measure(Namespace(set=str(folder), split="", root=None, memory=0, patch=32, batch=4, workers=0, seconds=0.2))
+    found = measure(
+        Namespace(set=str(folder), split="", root=None, memory=0, patch=32, batch=4, workers=0, seconds=0.2)
+    )
     assert found["pairs_per_second"] > 0 and found["patches"] > 4 and found["epochs"] >= 1

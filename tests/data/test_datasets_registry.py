@@ -9,19 +9,28 @@ import numpy as np
 import pytest
 from datasets_toys import files_below, png, real, scenes, toy  # noqa: F401  (fixtures)
 
+from smfnet.core.checks import InputError
+from smfnet.core.provenance import sha256
 from smfnet.data import acquire
 from smfnet.data.acquire import add, unpack, verify
-from smfnet.core.checks import InputError
-from smfnet.data.patches import ROADSCENE_SAME_SCENE
 from smfnet.data.images import read_pixels, write_image
 from smfnet.data.pairs import get_pairs
-from smfnet.core.provenance import sha256
+from smfnet.data.patches import ROADSCENE_SAME_SCENE
 from smfnet.data.registry import data_roots, find_set, locate, registry
 from smfnet.data.scenes import M3FD_CLASSES
 
-README_COUNTS = {("TNO", "test"): 25, ("RoadScene", "test"): 50, ("RoadScene", "train"): 171, ("MSRS", "test"): 25,
-                 ("MRI-CT", "test"): 21, ("MRI-CT", "train"): 163, ("MRI-PET", "test"): 42, ("MRI-PET", "train"): 269,
-                 ("MRI-SPECT", "test"): 73, ("MRI-SPECT", "train"): 290}
+README_COUNTS = {
+    ("TNO", "test"): 25,
+    ("RoadScene", "test"): 50,
+    ("RoadScene", "train"): 171,
+    ("MSRS", "test"): 25,
+    ("MRI-CT", "test"): 21,
+    ("MRI-CT", "train"): 163,
+    ("MRI-PET", "test"): 42,
+    ("MRI-PET", "train"): 269,
+    ("MRI-SPECT", "test"): 73,
+    ("MRI-SPECT", "train"): 290,
+}
 
 
 # --- the registry ---------------------------------------------------------------------------------------------------
@@ -29,7 +38,12 @@ README_COUNTS = {("TNO", "test"): 25, ("RoadScene", "test"): 50, ("RoadScene", "
 
 def test_counts():
     """What is proven has the counts of the collection that it was proven on."""
-    proven = {(d.name, s.name): s.count for d in registry().values() for s in d.splits.values() if s.proven and not s.of}
+    proven = {
+        (d.name, s.name): s.count
+        for d in registry().values()
+        for s in d.splits.values()
+        if s.proven and not s.of
+    }
     assert proven == README_COUNTS
 
 
@@ -48,7 +62,10 @@ def test_file_is_small_and_has_only_https_homes_of_the_sets():
 
 def test_splits_share_no_bytes():
     """By the checksums of the registry, in every set and across the sets."""
-    test, train = ({f.sha256 for d in registry().values() if part in d.splits for f in d.splits[part].files} for part in ("test", "train"))
+    test, train = (
+        {f.sha256 for d in registry().values() if part in d.splits for f in d.splits[part].files}
+        for part in ("test", "train")
+    )
     assert len(test) > 400 and len(train) > 1700 and not test & train
 
 
@@ -64,7 +81,9 @@ def test_splits_share_no_pixels(real):  # noqa: F811
                 if values.ndim == 3 and (values[..., :1] == values).all():
                     values = values[..., 0]
                 key = (values.shape, hash(values.tobytes()))
-                assert seen.setdefault(key, (part, f.path))[0] == part, f"{f.path} has the pixels of {seen[key]}"
+                assert seen.setdefault(key, (part, f.path))[0] == part, (
+                    f"{f.path} has the pixels of {seen[key]}"
+                )
     assert len(seen) > 2000
 
 
@@ -73,7 +92,9 @@ def test_every_real_set_loads_with_its_count(real):  # noqa: F811
         pairs = get_pairs(name, split, root=real)
         assert len(pairs) == count and not pairs.notes
         for p in (pairs[0], pairs[-1]):
-            assert p.ir.shape == p.vis.shape and p.ir.dtype == np.float32 and 0 <= p.vis.min() < p.vis.max() <= 1
+            assert (
+                p.ir.shape == p.vis.shape and p.ir.dtype == np.float32 and 0 <= p.vis.min() < p.vis.max() <= 1
+            )
     assert len(get_pairs("RoadScene", "train-disjoint", root=real)) == 160
 
 
@@ -129,7 +150,9 @@ def make_m3fd(folder: Path, *, annotated=True) -> None:
         png(folder / f"Vis/{i:05d}.png", s.vis)
         if annotated:
             (folder / "Annotation").mkdir(exist_ok=True)
-            objects = "".join(OBJECT.format(M3FD_CLASSES[k].capitalize(), *map(int, b)) for k, b in zip(s.labels, s.boxes))
+            objects = "".join(
+                OBJECT.format(M3FD_CLASSES[k].capitalize(), *map(int, b)) for k, b in zip(s.labels, s.boxes)
+            )
             (folder / f"Annotation/{i:05d}.xml").write_text(VOC.format(objects))
 
 
@@ -154,7 +177,11 @@ def test_m3fd(tmp_path):
         assert p.boxes.labels.tolist() == s.labels.tolist() and p.mask is None and p.chroma is not None
     assert get_pairs("M3FD", "fusion", root=tmp_path / "data")[0].boxes is None
     report = verify("M3FD", root=tmp_path / "data")
-    assert report.ok and sorted(report.checked) == ["detection", "fusion"] and any("share the content" in n for n in report.notes)
+    assert (
+        report.ok
+        and sorted(report.checked) == ["detection", "fusion"]
+        and any("share the content" in n for n in report.notes)
+    )
 
 
 def test_m3fd_in_lower_case_inside_a_zip(tmp_path):
@@ -181,7 +208,11 @@ def test_m3fd_annotation_missing_or_wrong(tmp_path):
     (annotations / "00000.xml").unlink()
     (annotations / "00001.xml").write_text(VOC.format(OBJECT.format("Dog", 1, 1, 5, 5)))
     report = verify("M3FD", root=tmp_path / "data")
-    assert list(report.missing) == ["00000"] and list(report.mismatched) == ["00001"] and "Dog" in report.mismatched["00001"]
+    assert (
+        list(report.missing) == ["00000"]
+        and list(report.mismatched) == ["00001"]
+        and "Dog" in report.mismatched["00001"]
+    )
 
 
 def test_mfnet(tmp_path):
@@ -210,7 +241,11 @@ def test_mfnet_faults_are_named(tmp_path):
     with pytest.raises(InputError, match="names 00007D"):
         get_pairs("MFNet", "train", root=tmp_path)
     report = verify("MFNet", root=tmp_path)
-    assert list(report.missing) == ["00007D"] and "8×8" in report.mismatched["00002D"] and "stored as RGB" in report.mismatched["00001D"]
+    assert (
+        list(report.missing) == ["00007D"]
+        and "8×8" in report.mismatched["00002D"]
+        and "stored as RGB" in report.mismatched["00001D"]
+    )
 
 
 def test_full_msrs(tmp_path):
@@ -226,7 +261,10 @@ def test_full_msrs(tmp_path):
     with pytest.raises(InputError, match="is there already"):
         add("MSRS", tmp_path / "MSRS-main", root=tmp_path / "data")
     png(tmp_path / "data/MSRS/full/test/vi/00000N.png", scenes()[0].vis)  # a training image in the test part
-    assert any("full-train and full-test share the content of 1 files" in n for n in verify("MSRS", root=tmp_path / "data").notes)
+    assert any(
+        "full-train and full-test share the content of 1 files" in n
+        for n in verify("MSRS", root=tmp_path / "data").notes
+    )
 
 
 def test_own_folders(tmp_path):
@@ -235,7 +273,11 @@ def test_own_folders(tmp_path):
         png(tmp_path / f"thermal/{stem}.png", s.ir.astype(np.uint16) * 100 + 5000)
         png(tmp_path / f"colour/{stem}.png", s.vis)
     pairs = get_pairs(ir=tmp_path / "thermal", vis=tmp_path / "colour", leave_out=["b"])
-    assert pairs.stems == ["a"] and pairs.pair("a").ir.max() == 1 and "infrared range" in pairs[0].content.notes[0]
+    assert (
+        pairs.stems == ["a"]
+        and pairs.pair("a").ir.max() == 1
+        and "infrared range" in pairs[0].content.notes[0]
+    )
     png(tmp_path / "colour/a.bmp", s.vis)
     with pytest.raises(InputError, match="same name twice"):
         get_pairs(ir=tmp_path / "thermal", vis=tmp_path / "colour")
@@ -247,7 +289,9 @@ def test_own_folders(tmp_path):
 def test_partial_folder_installs_what_is_complete(toy, tmp_path):  # noqa: F811
     (tmp_path / "home/toy/train/vi/1.png").unlink()
     outcome = add(toy, tmp_path / "home", root=tmp_path / "data")
-    assert ["toy test" in line for line in outcome.installed] == [True] and "missing vi/1.png" in outcome.problems[0]
+    assert ["toy test" in line for line in outcome.installed] == [
+        True
+    ] and "missing vi/1.png" in outcome.problems[0]
     assert verify(toy, root=tmp_path / "data").ok and not (tmp_path / "data/toy/train").exists()
 
 
@@ -279,7 +323,7 @@ def test_truncated_archives(toy, tmp_path, cut):  # noqa: F811
             z.write(tmp_path / "home" / name, name)
     for name in ("a.zip", "a.tar.gz"):
         whole = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(whole[:len(whole) - cut])
+        (tmp_path / name).write_bytes(whole[: len(whole) - cut])
         with pytest.raises(InputError, match="damaged or incomplete|no readable"):
             add(toy, tmp_path / name, root=tmp_path / "data")
     assert not files_below(tmp_path / "data")
@@ -300,7 +344,9 @@ def test_damaged_member(toy, tmp_path):  # noqa: F811
 def test_hostile_tar(tmp_path, kind):
     with tarfile.open(tmp_path / "bad.tar", "w") as t:
         m = tarfile.TarInfo({"absolute": "/etc/a.png", "dots": "x/../../a.png"}.get(kind, "a.png"))
-        m.type = {"symlink": tarfile.SYMTYPE, "hardlink": tarfile.LNKTYPE, "device": tarfile.CHRTYPE}.get(kind, tarfile.REGTYPE)
+        m.type = {"symlink": tarfile.SYMTYPE, "hardlink": tarfile.LNKTYPE, "device": tarfile.CHRTYPE}.get(
+            kind, tarfile.REGTYPE
+        )
         m.linkname = "/etc/passwd" if "link" in kind else ""
         m.size = 3 if m.type == tarfile.REGTYPE else 0
         t.addfile(m, io.BytesIO(b"abc"))

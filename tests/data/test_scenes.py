@@ -45,7 +45,9 @@ def grey(scene):
 
 def other_process(**variables):
     env = {**os.environ, **variables}
-    return subprocess.run([sys.executable, "-c", DIGEST], capture_output=True, text=True, check=True, env=env).stdout.strip()
+    return subprocess.run(
+        [sys.executable, "-c", DIGEST], capture_output=True, text=True, check=True, env=env
+    ).stdout.strip()
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,9 @@ def test_independent_of_global_state_and_order():
 
 
 def test_seeds_differ_and_sets_share_no_scene():
-    assert not np.array_equal(render_scene(1, size=SMALL, kind="day").vis, render_scene(2, size=SMALL, kind="day").vis)
+    assert not np.array_equal(
+        render_scene(1, size=SMALL, kind="day").vis, render_scene(2, size=SMALL, kind="day").vis
+    )
     one, two = ({scene.seed for scene in render_set(6, seed=seed, size=(64, 64))} for seed in (0, 1))
     assert len(one) == len(two) == 6 and not one & two
 
@@ -93,7 +97,11 @@ def test_any_size(size, kind):
         scene = render_scene(seed, size=size, kind=kind)
         assert scene.ir.shape == scene.mask.shape == size and scene.vis.shape == (*size, 3)
         assert scene.ir.dtype == scene.vis.dtype == scene.mask.dtype == np.uint8
-        assert scene.boxes.shape == (len(scene.labels), 4) and scene.boxes.dtype == np.float32 and scene.labels.dtype == np.int64
+        assert (
+            scene.boxes.shape == (len(scene.labels), 4)
+            and scene.boxes.dtype == np.float32
+            and scene.labels.dtype == np.int64
+        )
         assert scene.ir.std() > 5 and scene.vis.std() > 2  # never a blank image
 
 
@@ -134,6 +142,7 @@ def test_light_of_the_kinds():
     def contrast(image):
         mean = ndimage.uniform_filter(image, 9)
         return np.sqrt(np.maximum(ndimage.uniform_filter(image * image, 9) - mean * mean, 0)).mean()
+
     for seed in range(60, 70):
         day, night, glare, smoke = (render_scene(seed, kind=kind) for kind in KINDS)
         assert grey(night).mean() < 0.8 * grey(day).mean()
@@ -143,7 +152,11 @@ def test_light_of_the_kinds():
 
 
 def test_textures_differ_by_modality():
-    def fine(image): return np.abs(np.diff(ndimage.gaussian_filter(image.astype(float), 1), axis=1)).mean()  # blurred: not the noise
+    def fine(image):
+        return np.abs(
+            np.diff(ndimage.gaussian_filter(image.astype(float), 1), axis=1)
+        ).mean()  # blurred: not the noise
+
     for seed in range(5):
         scene = render_scene(seed, kind="day")
         assert fine(grey(scene)) > 1.5 * fine(scene.ir)
@@ -162,25 +175,42 @@ def test_written_files(tmp_path):
     assert names == [f"scene_{i:04d}_{KINDS[i % 4]}" for i in range(5)]
     scene = next(iter(render_set(5, seed=4, size=SMALL)))
     for part, image in (("ir", scene.ir), ("vi", scene.vis), ("masks", scene.mask)):
-        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a" / part / f"{names[0]}.png")), image)
+        np.testing.assert_array_equal(
+            np.asarray(Image.open(tmp_path / "a" / part / f"{names[0]}.png")), image
+        )
     truth = json.loads((tmp_path / "a" / "boxes" / f"{names[0]}.json").read_text())
     np.testing.assert_array_equal(np.array(truth["boxes"]).reshape(-1, 4), scene.boxes)
     assert truth["labels"] == [M3FD_CLASSES[k] for k in scene.labels]
     assert (truth["kind"], truth["seed"], truth["size"]) == (scene.kind, scene.seed, list(SMALL))
     write_scenes(tmp_path / "b", 5, seed=4, size=SMALL)
-    a, b = ({p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()} for root in (tmp_path / "a", tmp_path / "b"))
+    a, b = (
+        {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+        for root in (tmp_path / "a", tmp_path / "b")
+    )
     assert a == b and len(a) == 20  # the same bytes, and no temporary file left
 
 
 def test_overlay():
     scene = render_scene(2, size=SMALL)
-    np.testing.assert_array_equal(overlay(scene, strength=1.0)[scene.mask > 0], MFNET_PALETTE[scene.mask][scene.mask > 0])
+    np.testing.assert_array_equal(
+        overlay(scene, strength=1.0)[scene.mask > 0], MFNET_PALETTE[scene.mask][scene.mask > 0]
+    )
 
 
-@pytest.mark.parametrize("arguments, word", [
-    (dict(kind="dusk"), "kind"), (dict(kind=""), "kind"), (dict(size=(63, 64)), "at least 64"), (dict(size=(64, 10)), "at least 64"),
-    (dict(size=240), "height, width"), (dict(size=(64.0, 64.0)), "height, width"), (dict(seed=-1), "seed"), (dict(seed="0"), "seed"),
-    (dict(seed=True), "seed")])
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (dict(kind="dusk"), "kind"),
+        (dict(kind=""), "kind"),
+        (dict(size=(63, 64)), "at least 64"),
+        (dict(size=(64, 10)), "at least 64"),
+        (dict(size=240), "height, width"),
+        (dict(size=(64.0, 64.0)), "height, width"),
+        (dict(seed=-1), "seed"),
+        (dict(seed="0"), "seed"),
+        (dict(seed=True), "seed"),
+    ],
+)
 def test_bad_arguments(arguments, word):
     with pytest.raises(InputError, match=word):
         render_scene(**{"seed": 0, **arguments})

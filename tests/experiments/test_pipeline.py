@@ -57,24 +57,33 @@ LAST = """
     outputs: ["{out}/total.json"]
     params: {numbers: "{total}", out: "{out}", figures: "{out}/pictures"}
 """
-COUNT = ("out: str = 'runs/demo/count'  # folder of the stage\nlength: int = 2  # how many numbers\nseed: int = 0  # first number",
-         "from pathlib import Path\n\nfrom tqdm import tqdm",
-         "folder = Path(out) / 'numbers'\nfolder.mkdir(parents=True, exist_ok=True)\nif length < 0: raise ValueError(f'length is {length}')",
-         "for i in tqdm(range(length)): (folder / f'{i}.txt').write_text(str(seed + i))")
-TOTAL = ("numbers: str = 'runs/demo/count/numbers'  # folder of numbers\nout: str = 'runs/demo/total'  # folder of the stage\n"
-         "figures: str = 'figures/demo'  # folder of figures\ndata: str = ''  # folder of real data",
-         "import json\nfrom pathlib import Path",
-         "found = [int(p.read_text()) for p in Path(numbers).glob('*.txt')]\nfound += [100 for p in Path(data).glob('TNO/*')] if data else []",
-         "Path(figures).mkdir(parents=True, exist_ok=True)\n(Path(figures) / 'bar.svg').write_text('<svg/>')\n"
-         "(Path(out) / 'total.json').write_text(json.dumps(sum(found)))")
+COUNT = (
+    "out: str = 'runs/demo/count'  # folder of the stage\nlength: int = 2  # how many numbers\nseed: int = 0  # first number",
+    "from pathlib import Path\n\nfrom tqdm import tqdm",
+    "folder = Path(out) / 'numbers'\nfolder.mkdir(parents=True, exist_ok=True)\nif length < 0: raise ValueError(f'length is {length}')",
+    "for i in tqdm(range(length)): (folder / f'{i}.txt').write_text(str(seed + i))",
+)
+TOTAL = (
+    "numbers: str = 'runs/demo/count/numbers'  # folder of numbers\nout: str = 'runs/demo/total'  # folder of the stage\n"
+    "figures: str = 'figures/demo'  # folder of figures\ndata: str = ''  # folder of real data",
+    "import json\nfrom pathlib import Path",
+    "found = [int(p.read_text()) for p in Path(numbers).glob('*.txt')]\nfound += [100 for p in Path(data).glob('TNO/*')] if data else []",
+    "Path(figures).mkdir(parents=True, exist_ok=True)\n(Path(figures) / 'bar.svg').write_text('<svg/>')\n"
+    "(Path(out) / 'total.json').write_text(json.dumps(sum(found)))",
+)
 
 
 def write_notebook(path: Path, sources: tuple[str, ...], tag: str = "parameters") -> None:
     """A notebook of code cells, the first with the tag."""
     cell = {"cell_type": "code", "execution_count": None, "outputs": []}
-    cells = [cell | {"id": f"c{i}", "metadata": {"tags": [tag]} if i == 0 else {}, "source": s} for i, s in enumerate(sources)]
+    cells = [
+        cell | {"id": f"c{i}", "metadata": {"tags": [tag]} if i == 0 else {}, "source": s}
+        for i, s in enumerate(sources)
+    ]
     spec = {"display_name": "python3", "language": "python", "name": "python3"}
-    path.write_text(json.dumps({"cells": cells, "metadata": {"kernelspec": spec}, "nbformat": 4, "nbformat_minor": 5}))
+    path.write_text(
+        json.dumps({"cells": cells, "metadata": {"kernelspec": spec}, "nbformat": 4, "nbformat_minor": 5})
+    )
 
 
 @pytest.fixture
@@ -112,7 +121,11 @@ def total(lab: Path) -> int:
 def test_bad_parameters_are_refused_before_anything_runs(lab):
     """Unknown names, wrong types, a missing tag and a missing notebook; nothing is written."""
     notebook = "nbs/experiments/count.ipynb"
-    for params, word in (({"lenght": 3}, "did you mean 'length'"), ({"length": "3"}, "not of type int"), ({"length": True}, "not of type int")):
+    for params, word in (
+        ({"lenght": 3}, "did you mean 'length'"),
+        ({"length": "3"}, "not of type int"),
+        ({"length": True}, "not of type int"),
+    ):
         with pytest.raises(InputError, match=word):
             run_notebook(notebook, output_dir="here", params=params)
     write_notebook(lab / "untagged.ipynb", COUNT, tag="other")
@@ -163,14 +176,24 @@ def test_stage_clears_old_results_and_keeps_its_own_notes(lab):
     assert len(list((lab / "runs/demo/count/numbers").iterdir())) == 1
     assert (lab / "runs/demo/count/checkpoint.pt").exists()
     found = json.loads((lab / "runs/demo/count/provenance.json").read_text())
-    assert found["params"]["length"] == 1 and found["seed"] == 3 and found["notebook"]["path"] == "nbs/experiments/count.ipynb"
+    assert (
+        found["params"]["length"] == 1
+        and found["seed"] == 3
+        and found["notebook"]["path"] == "nbs/experiments/count.ipynb"
+    )
 
 
 def test_exit_status_of_the_command_line(lab, capsys):
     """0 success, 1 a failed notebook, 2 bad input; messages, not tracebacks."""
     assert main(["run", "total"]) == 2 and "run it first" in capsys.readouterr().err
-    assert main(["run", "count", "--set", "count.length=-1"]) == 1 and "raised ValueError" in capsys.readouterr().err
-    assert main(["reproduce", "--set", "total.number=1"]) == 2 and "has no parameter 'number'" in capsys.readouterr().err
+    assert (
+        main(["run", "count", "--set", "count.length=-1"]) == 1
+        and "raised ValueError" in capsys.readouterr().err
+    )
+    assert (
+        main(["reproduce", "--set", "total.number=1"]) == 2
+        and "has no parameter 'number'" in capsys.readouterr().err
+    )
     assert main(["reproduce", "--data", str(lab)]) == 2 and "TNO" in capsys.readouterr().err
     assert main(["run", "count"]) == 0
 
@@ -193,12 +216,20 @@ def test_only_what_changed_runs_again(lab, capfd):
     assert "Look at runs/demo/" in capfd.readouterr().out
     before = stamps(lab)
     assert set(before) == {"count", "total"}
-    for path in [*lab.glob("nbs/experiments/*"), *lab.glob("runs/demo/**/*.txt"), *lab.glob("runs/demo/**/*.json")]:
+    for path in [
+        *lab.glob("nbs/experiments/*"),
+        *lab.glob("runs/demo/**/*.txt"),
+        *lab.glob("runs/demo/**/*.json"),
+    ]:
         path.touch()
     assert reproduce(lab) == 0 and not reran(lab, before)
 
     changed = {"count.length": 2}
-    assert reproduce(lab, overrides=changed) == 0 and reran(lab, before) == {"count", "total"} and total(lab) == 7
+    assert (
+        reproduce(lab, overrides=changed) == 0
+        and reran(lab, before) == {"count", "total"}
+        and total(lab) == 7
+    )
     before = stamps(lab)
     write_notebook(lab / "nbs/experiments/total.ipynb", (*TOTAL, "done = True"))
     capfd.readouterr()
@@ -224,7 +255,9 @@ def test_damaged_and_missing_results_are_made_again(lab):
 @snakemake
 def test_failure_stops_only_what_depends_on_it(lab, capfd):
     """`alone` runs, `total` does not, the failed notebook stays, and the repaired run goes on from there."""
-    (lab / "nbs/experiments/profiles.yaml").write_text(PROFILES.replace("profiles:", ALONE.strip("\n") + "\nprofiles:"))
+    (lab / "nbs/experiments/profiles.yaml").write_text(
+        PROFILES.replace("profiles:", ALONE.strip("\n") + "\nprofiles:")
+    )
     assert reproduce(lab, overrides={"count.length": -1}) != 0
     shown = capfd.readouterr()
     assert "raised ValueError: length is -1" in shown.err and "NOT DONE" in shown.out
@@ -237,14 +270,24 @@ def test_failure_stops_only_what_depends_on_it(lab, capfd):
 @snakemake
 def test_nothing_behind_a_failure_counts_as_done(lab, capfd):
     """A stage two steps behind a failed one keeps its file, but is called stale in summary, report and exit status."""
-    (lab / "nbs/experiments/profiles.yaml").write_text(PROFILES.replace("profiles:", LAST.strip("\n") + "\nprofiles:"))
+    (lab / "nbs/experiments/profiles.yaml").write_text(
+        PROFILES.replace("profiles:", LAST.strip("\n") + "\nprofiles:")
+    )
     assert reproduce(lab) == 0
     capfd.readouterr()
     changed = {"count.length": -1}
     assert reproduce(lab, overrides=changed) != 0
-    assert stage_states(load_plan(lab, overrides=changed), lab) == {"count": "failed", "total": "stale", "last": "stale"}
+    assert stage_states(load_plan(lab, overrides=changed), lab) == {
+        "count": "failed",
+        "total": "stale",
+        "last": "stale",
+    }
     shown, page = capfd.readouterr().out, (lab / "runs/demo/report.html").read_text()
-    assert shown.count("NOT DONE: stale") == 2 and "total, last: made from other code" in page and "done</span>" not in page
+    assert (
+        shown.count("NOT DONE: stale") == 2
+        and "total, last: made from other code" in page
+        and "done</span>" not in page
+    )
     assert reproduce(lab) == 0 and set(stage_states(load_plan(lab), lab).values()) == {"done"}
 
 
@@ -253,7 +296,8 @@ def test_a_file_named_by_a_parameter_is_an_input(lab):
     weights = lab / "mine.bin"
     weights.write_text("one")
     plan = load_plan(lab, overrides={"count.out": "runs/demo/count", "total.data": str(weights)})
-    for name in plan: run_stage(name, plan, lab, progress=False)
+    for name in plan:
+        run_stage(name, plan, lab, progress=False)
     assert str(weights) in json.loads((lab / "runs/demo/total/provenance.json").read_text())["inputs"]
     assert stage_states(plan, lab)["total"] == "done"
     weights.write_text("two")

@@ -11,16 +11,18 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 from safetensors.torch import save_file
 
-from smfnet.fusion import files as fusion
 from smfnet.core.checks import InputError, data_dir, golden_file
-from smfnet.fusion.files import fuse_folder, fuse_pair, fuse_pictures, load_model, pick_device
 from smfnet.data.images import find_pairs, read_image, read_pair, read_pixels, rgb_to_ycbcr, write_image
+from smfnet.fusion import files as fusion
+from smfnet.fusion.files import fuse_folder, fuse_pair, fuse_pictures, load_model, pick_device
 from smfnet.network.model import SMFNet
 
 
 class Average:
     "Stand-in for the network whose result is known."
-    def fuse(self, *, vis, ir): return (vis + ir) / 2
+
+    def fuse(self, *, vis, ir):
+        return (vis + ir) / 2
 
 
 def noise(*shape, seed=0, lo=60, hi=190):
@@ -43,7 +45,9 @@ def pairs(tmp_path):
 
 
 def run(root, out="out", model=None, **options):
-    return fuse_folder(ir=root / "ir", vis=root / "vi", out=root / out, model=model or Average(), progress=False, **options)
+    return fuse_folder(
+        ir=root / "ir", vis=root / "vi", out=root / out, model=model or Average(), progress=False, **options
+    )
 
 
 # --- results ------------------------------------------------------------------------------------------------------
@@ -52,7 +56,9 @@ def run(root, out="out", model=None, **options):
 def test_grey_pair_is_the_rounded_average(pairs):
     a, b = (np.asarray(Image.open(pairs / side / "a.png")).astype(float) for side in ("ir", "vi"))
     fused = fuse_pair(ir=pairs / "ir/a.png", vis=pairs / "vi/a.png", out=pairs / "x.png", model=Average())
-    assert fused.shape == (32, 48) and np.abs(fused - (a + b) / 2).max() <= 0.5 + 1e-4  # half a level, and float32
+    assert (
+        fused.shape == (32, 48) and np.abs(fused - (a + b) / 2).max() <= 0.5 + 1e-4
+    )  # half a level, and float32
     assert_array_equal(read_pixels(pairs / "x.png").values, fused)
 
 
@@ -62,7 +68,11 @@ def test_colour_pair_keeps_the_visible_chroma(pairs):
     ir, vis = read_pair(**files)
     y, cb, cr = rgb_to_ycbcr(fused / 255)
     assert 0 < fused.min() and fused.max() < 255  # nothing is clipped in this picture
-    for found, expected in ((y, (ir.luminance + vis.luminance) / 2), (cb, vis.chroma[0]), (cr, vis.chroma[1])):
+    for found, expected in (
+        (y, (ir.luminance + vis.luminance) / 2),
+        (cb, vis.chroma[0]),
+        (cr, vis.chroma[1]),
+    ):
         assert_allclose(found, expected, atol=0.9 / 255)  # each channel is rounded by up to half a level
 
 
@@ -104,9 +114,12 @@ def test_the_network_fuses_files_and_knows_its_mode(pairs):
     files = {"ir": pairs / "ir/c.png", "vis": pairs / "vi/c.png"}
     model = SMFNet("tiny").eval()
     ir, vis = read_pair(**files)
-    expected = model.fuse(vis=torch.from_numpy(vis.luminance)[None, None], ir=torch.from_numpy(ir.luminance)[None, None])
+    expected = model.fuse(
+        vis=torch.from_numpy(vis.luminance)[None, None], ir=torch.from_numpy(ir.luminance)[None, None]
+    )
     assert_array_equal(fuse_pictures(model, ir=ir, vis=vis), expected[0, 0].numpy())
-    with pytest.raises(InputError, match="eval"): fuse_pair(**files, model=model.train())
+    with pytest.raises(InputError, match="eval"):
+        fuse_pair(**files, model=model.train())
 
 
 # --- folders ------------------------------------------------------------------------------------------------------
@@ -115,7 +128,8 @@ def test_the_network_fuses_files_and_knows_its_mode(pairs):
 def test_a_folder_run_writes_every_pair(pairs):
     report = run(pairs)
     assert report.ok and [p.name for p in report.written] == ["a.png", "b.png", "c.png"]
-    for p in report.written: assert read_image(p).size == read_image(pairs / "vi" / p.name).size
+    for p in report.written:
+        assert read_image(p).size == read_image(pairs / "vi" / p.name).size
     assert "3 of 3" in report.summary()
 
 
@@ -123,21 +137,42 @@ def spoil(root: Path, kind: str) -> str:
     "Add one bad pair called z; return a word its report must contain."
     ir, vis = root / "ir/z.png", root / "vi/z.png"
     save(ir, noise(20, 24)), save(vis, noise(20, 24, seed=3))
-    if kind == "size": save(vis, noise(24, 20))
-    elif kind == "small": save(ir, noise(15, 24)), save(vis, noise(15, 24))
-    elif kind == "no infrared": ir.unlink()
-    elif kind == "no visible": vis.unlink()
-    elif kind == "twice": save(root / "vi/z.bmp", noise(20, 24))
-    elif kind == "truncated": ir.write_bytes(ir.read_bytes()[:300])
-    elif kind == "not a readable": vis.write_bytes(b"<html>404</html>")
+    if kind == "size":
+        save(vis, noise(24, 20))
+    elif kind == "small":
+        save(ir, noise(15, 24)), save(vis, noise(15, 24))
+    elif kind == "no infrared":
+        ir.unlink()
+    elif kind == "no visible":
+        vis.unlink()
+    elif kind == "twice":
+        save(root / "vi/z.bmp", noise(20, 24))
+    elif kind == "truncated":
+        ir.write_bytes(ir.read_bytes()[:300])
+    elif kind == "not a readable":
+        vis.write_bytes(b"<html>404</html>")
     elif kind == "NaN":
         ir.unlink()
         save(root / "ir/z.tif", np.where(np.eye(20, 24), np.nan, noise(20, 24)).astype(np.float32))
-    elif kind == "same value": save(ir, np.full((20, 24), 50, np.uint8))
+    elif kind == "same value":
+        save(ir, np.full((20, 24), 50, np.uint8))
     return {"size": "differ in size", "small": "too small"}.get(kind, kind)
 
 
-@pytest.mark.parametrize("kind", ["size", "small", "no infrared", "no visible", "twice", "truncated", "not a readable", "NaN", "same value"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "size",
+        "small",
+        "no infrared",
+        "no visible",
+        "twice",
+        "truncated",
+        "not a readable",
+        "NaN",
+        "same value",
+    ],
+)
 def test_one_bad_pair_does_not_stop_the_others(pairs, kind):
     word = spoil(pairs, kind)
     report = run(pairs)
@@ -159,11 +194,15 @@ def test_an_older_result_outlives_a_failure(pairs, kind):
 def test_an_interrupted_run_leaves_whole_files_and_goes_on(pairs):
     class Interrupted(Average):
         left = 2
+
         def fuse(self, **pair):
             self.left -= 1
-            if self.left < 0: raise KeyboardInterrupt
+            if self.left < 0:
+                raise KeyboardInterrupt
             return super().fuse(**pair)
-    with pytest.raises(KeyboardInterrupt): run(pairs, model=Interrupted())
+
+    with pytest.raises(KeyboardInterrupt):
+        run(pairs, model=Interrupted())
     assert sorted(os.listdir(pairs / "out")) == ["a.png", "b.png"]
     times = {p: p.stat().st_mtime_ns for p in (pairs / "out").iterdir()}
     report = run(pairs, skip_existing=True)
@@ -173,9 +212,11 @@ def test_an_interrupted_run_leaves_whole_files_and_goes_on(pairs):
 
 def test_a_full_disk_is_reported_for_each_pair(pairs, monkeypatch):
     from smfnet.data import images
+
     def full(path, levels):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(images, "_save_png", full)
     report = run(pairs)
     assert len(report.problems) == 3 and not report.written and os.listdir(pairs / "out") == []
@@ -184,28 +225,47 @@ def test_a_full_disk_is_reported_for_each_pair(pairs, monkeypatch):
 def test_sources_are_never_overwritten(pairs):
     listing = {p: p.read_bytes() for p in pairs.rglob("*.png")}
     for out in ("ir", "vi"):
-        with pytest.raises(InputError, match="source"): run(pairs, out=out)
+        with pytest.raises(InputError, match="source"):
+            run(pairs, out=out)
     for out in (pairs / "vi", pairs / "vi/a.png"):
-        with pytest.raises(InputError, match="source image"): fuse_pair(ir=pairs / "ir/a.png", vis=pairs / "vi/a.png", out=out, model=Average())
+        with pytest.raises(InputError, match="source image"):
+            fuse_pair(ir=pairs / "ir/a.png", vis=pairs / "vi/a.png", out=out, model=Average())
     assert {p: p.read_bytes() for p in pairs.rglob("*.png")} == listing
 
 
 def test_arguments_are_checked_before_the_first_pair(pairs):
     class Never:
-        def fuse(self, **pair): raise AssertionError("a pair was fused")
+        def fuse(self, **pair):
+            raise AssertionError("a pair was fused")
+
     (pairs / "file").touch()
     (pairs / "empty").mkdir()
-    base = {"ir": pairs / "ir", "vis": pairs / "vi", "out": pairs / "out", "model": Never(), "progress": False}
-    for change, word in (({"ir": pairs / "empty"}, "empty.*no image"), ({"vis": pairs / "none"}, "none.*no such"), ({"out": pairs / "file"}, "file.*cannot be written"),
-                         ({"out": pairs / "file/deeper"}, "cannot be written"), ({"range": (5, 1)}, "range"), ({"model": pairs / "none.safetensors"}, "none.safetensors"),
-                         ({"vis": pairs / "ir"}, "infrared and as visible")):
-        with pytest.raises(InputError, match=word): fuse_folder(**{**base, **change})
+    base = {
+        "ir": pairs / "ir",
+        "vis": pairs / "vi",
+        "out": pairs / "out",
+        "model": Never(),
+        "progress": False,
+    }
+    for change, word in (
+        ({"ir": pairs / "empty"}, "empty.*no image"),
+        ({"vis": pairs / "none"}, "none.*no such"),
+        ({"out": pairs / "file"}, "file.*cannot be written"),
+        ({"out": pairs / "file/deeper"}, "cannot be written"),
+        ({"range": (5, 1)}, "range"),
+        ({"model": pairs / "none.safetensors"}, "none.safetensors"),
+        ({"vis": pairs / "ir"}, "infrared and as visible"),
+    ):
+        with pytest.raises(InputError, match=word):
+            fuse_folder(**{**base, **change})
 
 
 # --- methods that misbehave ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("damage", "word"), [(lambda x: x[..., ::2], "returned"), (lambda x: x / 0 - x / 0, "NaN")])
+@pytest.mark.parametrize(
+    ("damage", "word"), [(lambda x: x[..., ::2], "returned"), (lambda x: x / 0 - x / 0, "NaN")]
+)
 def test_damaged_results_are_not_saved(pairs, damage, word):
     model = type("Bad", (), {"fuse": lambda self, vis, ir: damage(vis)})()
     report = run(pairs, model=model)
@@ -213,16 +273,31 @@ def test_damaged_results_are_not_saved(pairs, damage, word):
     assert os.listdir(pairs / "out") == []
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
 def test_lack_of_memory_is_named(pairs, error):
-    def fuse(self, vis, ir): raise error
+    def fuse(self, vis, ir):
+        raise error
+
     report = run(pairs, model=type("Big", (), {"fuse": fuse})())
-    assert all("memory" in text and "pixels" in text for text in report.problems.values()) and len(report.problems) == 3
+    assert (
+        all("memory" in text and "pixels" in text for text in report.problems.values())
+        and len(report.problems) == 3
+    )
 
 
 def test_defects_of_a_method_are_not_hidden(pairs):
-    def fuse(self, vis, ir): raise RuntimeError("shape mismatch")
-    with pytest.raises(RuntimeError, match="shape mismatch"): run(pairs, model=type("Bug", (), {"fuse": fuse})())
+    def fuse(self, vis, ir):
+        raise RuntimeError("shape mismatch")
+
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        run(pairs, model=type("Bug", (), {"fuse": fuse})())
 
 
 # --- weights ------------------------------------------------------------------------------------------------------
@@ -230,8 +305,12 @@ def test_defects_of_a_method_are_not_hidden(pairs):
 
 class Malicious:
     "A pickle that would leave a file behind if it were run."
-    def __init__(self, trace): self.trace = trace
-    def __reduce__(self): return (Path.touch, (self.trace,))
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return (Path.touch, (self.trace,))
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -240,9 +319,11 @@ class Malicious:
 def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, suffix, protocol):
     weights = tmp_path / f"evil.{suffix}"
     weights.write_bytes(pickle.dumps({"DIDF_Encoder": Malicious(tmp_path / "trace")}, protocol))
-    with pytest.raises(InputError, match="evil"): load_model(weights, device="cpu")
+    with pytest.raises(InputError, match="evil"):
+        load_model(weights, device="cpu")
     torch.save({"DIDF_Encoder": Malicious(tmp_path / "trace")}, weights)
-    with pytest.raises(InputError, match="evil"): load_model(weights, device="cpu")
+    with pytest.raises(InputError, match="evil"):
+        load_model(weights, device="cpu")
     assert not (tmp_path / "trace").exists()
 
 
@@ -254,29 +335,45 @@ def test_weights_of_something_else_are_named(tmp_path):
     (tmp_path / "text.pth").write_text("hello")
     (tmp_path / "empty.pth").touch()
     (tmp_path / "folder.pth").mkdir()
-    for name in ("other.safetensors", "other.pth", "list.pt", "text.safetensors", "text.pth", "empty.pth", "folder.pth", "none.safetensors"):
-        with pytest.raises(InputError, match=name): load_model(tmp_path / name, device="cpu")
-    with pytest.raises(InputError, match="huge"): load_model("huge", device="cpu")
+    for name in (
+        "other.safetensors",
+        "other.pth",
+        "list.pt",
+        "text.safetensors",
+        "text.pth",
+        "empty.pth",
+        "folder.pth",
+        "none.safetensors",
+    ):
+        with pytest.raises(InputError, match=name):
+            load_model(tmp_path / name, device="cpu")
+    with pytest.raises(InputError, match="huge"):
+        load_model("huge", device="cpu")
 
 
 def test_own_weights_round_trip(tmp_path, pairs):
     model = SMFNet("tiny").eval()
     model.save(tmp_path / "w.safetensors")
     files = {"ir": pairs / "ir/a.png", "vis": pairs / "vi/a.png"}
-    assert_array_equal(fuse_pair(**files, model=tmp_path / "w.safetensors", device="cpu"), fuse_pair(**files, model=model))
+    assert_array_equal(
+        fuse_pair(**files, model=tmp_path / "w.safetensors", device="cpu"), fuse_pair(**files, model=model)
+    )
 
 
 def test_released_weights_are_recognised():
     path = golden_file("released_weights_seed7.safetensors")
-    if path is None: pytest.skip("SMFNET_GOLDEN has no released weights")
+    if path is None:
+        pytest.skip("SMFNET_GOLDEN has no released weights")
     model = load_model(path, device="cpu")
     assert model.config.edge_gating == "channel_interleaved" and not model.training
 
 
 def test_devices():
     assert pick_device("cpu").type == "cpu" and pick_device().type in ("cpu", "cuda")
-    with pytest.raises(InputError, match="unknown"): pick_device("quantum")
-    with pytest.raises(InputError, match="not available"): pick_device(f"cuda:{torch.cuda.device_count()}")
+    with pytest.raises(InputError, match="unknown"):
+        pick_device("quantum")
+    with pytest.raises(InputError, match="not available"):
+        pick_device(f"cuda:{torch.cuda.device_count()}")
 
 
 # --- real images --------------------------------------------------------------------------------------------------
@@ -285,7 +382,8 @@ def test_devices():
 @pytest.mark.parametrize(("name", "count"), [("TNO", 25), ("RoadScene", 50)])
 def test_real_folders_give_images_of_the_sources_sizes(tmp_path, name, count):
     root = data_dir(name, "test")
-    if root is None: pytest.skip(f"SMFNET_DATA has no {name}/test")
+    if root is None:
+        pytest.skip(f"SMFNET_DATA has no {name}/test")
     report = fuse_folder(ir=root, vis=root, out=tmp_path, model=Average(), progress=False)
     assert report.ok and len(report.written) == count
     for pair in find_pairs(ir=root, vis=root):
@@ -294,4 +392,7 @@ def test_real_folders_give_images_of_the_sources_sizes(tmp_path, name, count):
 
 
 def test_stretching_is_not_the_default():
-    assert fusion.fuse_folder.__kwdefaults__["stretch"] is False and fusion.fuse_pair.__kwdefaults__["stretch"] is False
+    assert (
+        fusion.fuse_folder.__kwdefaults__["stretch"] is False
+        and fusion.fuse_pair.__kwdefaults__["stretch"] is False
+    )

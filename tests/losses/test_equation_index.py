@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from smfnet.core.checks import InputError
-from smfnet.losses.index import EQUATIONS, Row, check_index, docstring_equations, heading_equations, locate, sections
+from smfnet.losses.index import (
+    EQUATIONS,
+    Row,
+    check_index,
+    docstring_equations,
+    heading_equations,
+    locate,
+    sections,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,7 +35,9 @@ def test_functions_exist_in_the_package():
 
 def test_located_cells_define_the_functions():
     for place in locate(ROOT):
-        notebook = json.loads((ROOT / "nbs" / "02_losses" / f"{place['notebook']}.ipynb").read_text(encoding="utf-8"))
+        notebook = json.loads(
+            (ROOT / "nbs" / "02_losses" / f"{place['notebook']}.ipynb").read_text(encoding="utf-8")
+        )
         source = "".join(notebook["cells"][place["cell"]]["source"])
         assert source.startswith("#| export") and f"def {place['function']}(" in source
         assert f"({place['equation']})" in place["section"]
@@ -59,14 +69,22 @@ def edit(root, stem, old, new):
     path.write_text(json.dumps(notebook), encoding="utf-8")
 
 
-@pytest.mark.parametrize("stem, old, new, finding", [
-    ("02_intensity", "Eq. (20)", "equation 20", "exports it"),
-    ("02_intensity", "def gram_mse(", "def gram_square(", "exports it"),
-    ("03_semantic", "the set function Δ of eq 21", "a set function", "docstring"),
-    ("03_semantic", "## Errors of pixels: Eq. (22)", "## Errors of pixels: Eq. (22) and Eq. (12)", "no row for eq 12"),
-    ("05_stages", "$$", "", "no displayed equation"),
-    ("04_decomposition", "assert", "_ =", "no lesson cell"),
-])
+@pytest.mark.parametrize(
+    "stem, old, new, finding",
+    [
+        ("02_intensity", "Eq. (20)", "equation 20", "exports it"),
+        ("02_intensity", "def gram_mse(", "def gram_square(", "exports it"),
+        ("03_semantic", "the set function Δ of eq 21", "a set function", "docstring"),
+        (
+            "03_semantic",
+            "## Errors of pixels: Eq. (22)",
+            "## Errors of pixels: Eq. (22) and Eq. (12)",
+            "no row for eq 12",
+        ),
+        ("05_stages", "$$", "", "no displayed equation"),
+        ("04_decomposition", "assert", "_ =", "no lesson cell"),
+    ],
+)
 def test_damaged_notebook_is_reported(copy, stem, old, new, finding):
     assert check_index(copy) == []
     edit(copy, stem, old, new)
@@ -78,14 +96,21 @@ def test_damaged_tests_are_reported(copy):
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace("def test_eq21_jaccard(", "def test_jaccard("), encoding="utf-8")
     assert any("test_eq21_jaccard does not exist" in f for f in check_index(copy))
-    path.write_text(text.replace("def test_eq21_jaccard():\n", "def test_eq21_jaccard():\n    return\n\n\ndef other():\n"), encoding="utf-8")
+    path.write_text(
+        text.replace(
+            "def test_eq21_jaccard():\n", "def test_eq21_jaccard():\n    return\n\n\ndef other():\n"
+        ),
+        encoding="utf-8",
+    )
     assert any("test_eq21_jaccard does not check it" in f for f in check_index(copy))
 
 
 def test_missing_row_is_reported():
     rows = tuple(r for r in EQUATIONS if r.equation != 29)
     findings = check_index(ROOT, rows)
-    assert "equation 29 is missing from the index" in findings and any("no row for eq 29" in f for f in findings)
+    assert "equation 29 is missing from the index" in findings and any(
+        "no row for eq 29" in f for f in findings
+    )
 
 
 def test_unreadable_notebook_is_an_input_error(tmp_path):

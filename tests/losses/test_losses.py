@@ -55,8 +55,16 @@ def make_features(batch=2, side=16, seed=0):
     "Random features and a random pair; channels of the features: 3."
     names = ("ir_base", "vis_base", "ir_detail", "vis_detail", "graph_ir", "graph_vis")
     f = {n: rand(batch, 3, side, side, seed=seed + i) for i, n in enumerate(names)}
-    f.update({n: rand(batch, 1, side, side, seed=seed + 10 + i) for i, n in enumerate(("recon_vis", "recon_ir", "fused"))})
-    return f, {"vis": rand(batch, 1, side, side, seed=seed + 20), "ir": rand(batch, 1, side, side, seed=seed + 21)}
+    f.update(
+        {
+            n: rand(batch, 1, side, side, seed=seed + 10 + i)
+            for i, n in enumerate(("recon_vis", "recon_ir", "fused"))
+        }
+    )
+    return f, {
+        "vis": rand(batch, 1, side, side, seed=seed + 20),
+        "ir": rand(batch, 1, side, side, seed=seed + 21),
+    }
 
 
 # Equations by hand
@@ -121,7 +129,9 @@ def test_eq22_errors():
 
 
 def test_eq24_25_steps():
-    assert_close(jaccard_steps(torch.tensor([True, False, False, True])), torch.tensor([1 / 2, 1 / 6, 1 / 12, 1 / 4]))
+    assert_close(
+        jaccard_steps(torch.tensor([True, False, False, True])), torch.tensor([1 / 2, 1 / 6, 1 / 12, 1 / 4])
+    )
     for seed in range(5):
         steps = jaccard_steps(rand(3, 20, seed=seed) > 0.6)
         assert (steps >= 0).all()
@@ -140,7 +150,11 @@ def test_eq23_extension():
         members, total, low = {i for i in range(6) if t[i]}, 0.0, 0.0
         for high in sorted(e.tolist()):
             predicted = members ^ {i for i in range(6) if float(e[i]) >= high}
-            total += (high - low) * (1 - len(predicted & members) / len(predicted | members)) if members else high - low
+            total += (
+                (high - low) * (1 - len(predicted & members) / len(predicted | members))
+                if members
+                else high - low
+            )
             low = high
         expected = total if members else float(e.max())
         assert abs(float(lovasz(e, t)) - expected) < 1e-6  # float32
@@ -176,7 +190,7 @@ def test_readings_by_hand():
 def test_semantic_is_independent_of_the_batch_and_trains(reading):
     x, r = rand(3, 1, 16, 16, seed=0), rand(3, 1, 16, 16, seed=1).requires_grad_()
     whole = semantic_loss(r, x, reading=reading)
-    parts = [semantic_loss(r[i:i + 1], x[i:i + 1], reading=reading) for i in range(3)]
+    parts = [semantic_loss(r[i : i + 1], x[i : i + 1], reading=reading) for i in range(3)]
     assert_close(whole, torch.stack(parts).mean())
     whole.backward()
     assert torch.isfinite(r.grad).all() and all(g.any() for g in r.grad)
@@ -221,35 +235,53 @@ def test_eq26_stage1():
 def test_eq27_stage2():
     assert_close(decomposition_stage2(hand_features())[0], torch.tensor(1.64 / 2.01))
     assert_close(decomposition_stage2(hand_features(), graph_weight=0.0)[0], torch.tensor(0.64 / 2.01))
-    assert_close(decomposition_stage2(hand_features(), variant="released")[0], torch.tensor(1.28 / 2.01))  # detail twice
+    assert_close(
+        decomposition_stage2(hand_features(), variant="released")[0], torch.tensor(1.28 / 2.01)
+    )  # detail twice
 
 
 def test_eq18_reconstruction_vis():
     x, y = rand(1, 1, 16, 16, seed=0), rand(1, 1, 16, 16, seed=1)
     table = reconstruction_vis(y, x, LossWeights(), "paper", "foreground")
     got = {k: (w, float(f())) for k, (w, f) in table.items()}
-    expected = {"ssim_vis": (8, float(dssim(y, x))), "semantic_vis": (1, float(semantic_loss(y, x, reading="foreground"))),
-                "sobel_vis": (10, float(sobel_l1(y, x)))}
+    expected = {
+        "ssim_vis": (8, float(dssim(y, x))),
+        "semantic_vis": (1, float(semantic_loss(y, x, reading="foreground"))),
+        "sobel_vis": (10, float(sobel_l1(y, x))),
+    }
     assert got == expected
 
 
 def test_eq19_reconstruction_ir():
     x, y = rand(1, 1, 16, 16, seed=0), rand(1, 1, 16, 16, seed=1)
     got = {k: (w, float(f())) for k, (w, f) in reconstruction_ir(y, x, LossWeights(), "released").items()}
-    expected = {"ssim_ir": (8, float(dssim(y, x, variant="released"))), "intensity_ir": (1, float(gram_mse(y, x))),
-                "sobel_ir": (10, float(sobel_l1(y, x)))}
+    expected = {
+        "ssim_ir": (8, float(dssim(y, x, variant="released"))),
+        "intensity_ir": (1, float(gram_mse(y, x))),
+        "sobel_ir": (10, float(sobel_l1(y, x))),
+    }
     assert got == expected
 
 
 def test_eq17_total():
     f, pair = make_features()
     total, t = stage1_loss(f, **pair)
-    parts = [8 * t["ssim_vis"], t["semantic_vis"], 10 * t["sobel_vis"], 8 * t["ssim_ir"], t["intensity_ir"], 10 * t["sobel_ir"],
-             2 * t["decomposition"], 5 * t["spatial_gradient_vis"]]
+    parts = [
+        8 * t["ssim_vis"],
+        t["semantic_vis"],
+        10 * t["sobel_vis"],
+        8 * t["ssim_ir"],
+        t["intensity_ir"],
+        10 * t["sobel_ir"],
+        2 * t["decomposition"],
+        5 * t["spatial_gradient_vis"],
+    ]
     assert_close(total, torch.stack(parts).sum())
     assert "spatial_gradient_ir" not in t
     both, t2 = stage1_loss(f, **pair, weights=LossWeights(alpha2_ir=5))
-    assert_close(both - total, 5 * t2["spatial_gradient_ir"], atol=1e-5, rtol=0)  # difference of two float32 totals
+    assert_close(
+        both - total, 5 * t2["spatial_gradient_ir"], atol=1e-5, rtol=0
+    )  # difference of two float32 totals
 
 
 def test_eq28_total():
@@ -271,7 +303,9 @@ def test_eq30_gradient():
     assert fusion_gradient(step, vis=step, ir=step * 0.3) == 0
     target = torch.maximum(sobel(step), sobel(grey))
     assert_close(fusion_gradient(grey * 0, vis=step, ir=grey), target.mean(), atol=0, rtol=0)
-    assert_close(fusion_gradient(grey, vis=step, ir=grey), fusion_gradient(grey, vis=grey, ir=step), atol=0, rtol=0)
+    assert_close(
+        fusion_gradient(grey, vis=step, ir=grey), fusion_gradient(grey, vis=grey, ir=step), atol=0, rtol=0
+    )
 
 
 # Switches
@@ -284,7 +318,9 @@ def test_ablations_and_presets():
         w = LossWeights.preset("paper", **override)
         _, one = stage1_loss(f, **pair, weights=w)
         _, two = stage2_loss(f, **pair, weights=w)
-        assert ("semantic_vis" in one) == ("intensity_ir" in one) == (name != "without_intensity_and_semantic")
+        assert (
+            ("semantic_vis" in one) == ("intensity_ir" in one) == (name != "without_intensity_and_semantic")
+        )
         assert ("cc_graph" in one) == (name == "both_cc_graph")
         expected = decomposition_stage2(f, graph_weight=0.0 if name == "without_graph_cc" else 1.0)[0]
         assert_close(two["decomposition"], expected)
@@ -295,8 +331,18 @@ def test_ablations_and_presets():
 def test_stage_records_equal_functions():
     f, pair = make_features()
     w = LossWeights(alpha1=3, alpha4=4)
-    assert_close(Stage1Loss(w, "released")(f, **pair)[0], stage1_loss(f, **pair, weights=w, variant="released")[0], atol=0, rtol=0)
-    assert_close(Stage1Loss(reading="foreground")(f, **pair)[0], stage1_loss(f, **pair, reading="foreground")[0], atol=0, rtol=0)
+    assert_close(
+        Stage1Loss(w, "released")(f, **pair)[0],
+        stage1_loss(f, **pair, weights=w, variant="released")[0],
+        atol=0,
+        rtol=0,
+    )
+    assert_close(
+        Stage1Loss(reading="foreground")(f, **pair)[0],
+        stage1_loss(f, **pair, reading="foreground")[0],
+        atol=0,
+        rtol=0,
+    )
     assert_close(Stage2Loss(w)(f, **pair)[0], stage2_loss(f, **pair, weights=w)[0], atol=0, rtol=0)
 
 
@@ -312,7 +358,9 @@ def test_which_features_receive_gradients(stage, variant):
     assert total.requires_grad and not any(t.requires_grad or t.ndim for t in terms.values())
     total.backward()
     images = {"recon_vis", "recon_ir"} if stage is stage1_loss else {"fused"}
-    private = {"ir_base", "vis_base", "ir_detail", "vis_detail"} | (set() if stage is stage1_loss else {"graph_ir", "graph_vis"})
+    private = {"ir_base", "vis_base", "ir_detail", "vis_detail"} | (
+        set() if stage is stage1_loss else {"graph_ir", "graph_vis"}
+    )
     expected = images | (private if variant == "paper" else set())
     reached = {k for k, v in f.items() if v.grad is not None and v.grad.any()}
     assert reached == expected
@@ -327,17 +375,27 @@ def test_constant_images_and_features_stay_finite(level, variant):
     pair = {k: torch.full((2, 1, 16, 16), level) for k in ("vis", "ir")}
     total = stage1_loss(f, **pair, variant=variant)[0] + stage2_loss(f, **pair, variant=variant)[0]
     total.backward()
-    assert torch.isfinite(total) and all(torch.isfinite(v.grad).all() for v in f.values() if v.grad is not None)
+    assert torch.isfinite(total) and all(
+        torch.isfinite(v.grad).all() for v in f.values() if v.grad is not None
+    )
 
 
 def test_gradients_against_finite_differences():
     x = rand(2, 1, 7, 6, seed=0, dtype=torch.float64)
     r = rand(2, 1, 7, 6, seed=1, dtype=torch.float64).requires_grad_()
-    terms = [lambda r: dssim(r, x), lambda r: sobel_l1(r, x), lambda r: spatial_gradient_l1(r, x),
-             lambda r: intensity_loss(r, x, neighbourhood=3), lambda r: intensity_loss(r, x, variant="released"),
-             lambda r: semantic_loss(r, x), lambda r: semantic_loss(r, x, reading="foreground"),
-             lambda r: fusion_intensity(r, vis=x, ir=1 - x), lambda r: fusion_gradient(r, vis=x, ir=1 - x),
-             lambda r: cc(r, x), lambda r: cc(r, x, per="channel")]
+    terms = [
+        lambda r: dssim(r, x),
+        lambda r: sobel_l1(r, x),
+        lambda r: spatial_gradient_l1(r, x),
+        lambda r: intensity_loss(r, x, neighbourhood=3),
+        lambda r: intensity_loss(r, x, variant="released"),
+        lambda r: semantic_loss(r, x),
+        lambda r: semantic_loss(r, x, reading="foreground"),
+        lambda r: fusion_intensity(r, vis=x, ir=1 - x),
+        lambda r: fusion_gradient(r, vis=x, ir=1 - x),
+        lambda r: cc(r, x),
+        lambda r: cc(r, x, per="channel"),
+    ]
     for term in terms:  # random images stay away from kinks and ties
         assert torch.autograd.gradcheck(term, (r,), eps=1e-7, atol=1e-5)
 
@@ -346,7 +404,10 @@ def test_gradients_against_finite_differences():
 def test_batch_loss_is_the_mean_of_its_samples(stage):
     f, pair = make_features(batch=3)
     whole = stage(f, **pair)[0]
-    alone = [stage({k: v[i:i + 1] for k, v in f.items()}, **{k: v[i:i + 1] for k, v in pair.items()})[0] for i in range(3)]
+    alone = [
+        stage({k: v[i : i + 1] for k, v in f.items()}, **{k: v[i : i + 1] for k, v in pair.items()})[0]
+        for i in range(3)
+    ]
     assert_close(whole, torch.stack(alone).mean(), rtol=1e-5, atol=0)  # float32 sums in another order
 
 
@@ -390,7 +451,12 @@ def bad_calls():
         "negative": (lambda: LossWeights(alpha1=-1), "alpha1"),
         "nan": (lambda: LossWeights(beta1=float("nan")), "beta1"),
         "delta": (lambda: LossWeights(delta=1.0), "delta"),
-        "all zero": (lambda: stage1_loss(f, **pair, weights=LossWeights(alpha1=0, alpha2=0, alpha3=0, beta1=0, semantic=0, intensity=0)), "all are 0"),
+        "all zero": (
+            lambda: stage1_loss(
+                f, **pair, weights=LossWeights(alpha1=0, alpha2=0, alpha3=0, beta1=0, semantic=0, intensity=0)
+            ),
+            "all are 0",
+        ),
     }
 
 
@@ -404,8 +470,22 @@ def test_bad_input_is_named(name):
 # Golden values of the release
 
 GOLDEN = os.environ.get("SMFNET_GOLDEN")
-KEYS = ("sobel_l1_vis", "sobel_l1_ir", "spatial_gradient_l1_vis", "gram_mse_ir", "dssim_vis", "dssim_ir", "cc_base", "cc_detail", "cc_graph",
-        "stage2_intensity", "stage2_gradient", "stage2_total_without_decomposition", "lovasz_released_value", "lovasz_released_max_abs_gradient")
+KEYS = (
+    "sobel_l1_vis",
+    "sobel_l1_ir",
+    "spatial_gradient_l1_vis",
+    "gram_mse_ir",
+    "dssim_vis",
+    "dssim_ir",
+    "cc_base",
+    "cc_detail",
+    "cc_graph",
+    "stage2_intensity",
+    "stage2_gradient",
+    "stage2_total_without_decomposition",
+    "lovasz_released_value",
+    "lovasz_released_max_abs_gradient",
+)
 
 
 def released_losses():
@@ -418,11 +498,22 @@ def released_losses():
     black[..., :3, :3] = 0
     value = semantic_loss(r, black, variant="released")
     value.backward()
-    return {"sobel_l1_vis": one["sobel_vis"], "sobel_l1_ir": one["sobel_ir"], "spatial_gradient_l1_vis": one["spatial_gradient_vis"],
-            "gram_mse_ir": one["intensity_ir"], "dssim_vis": one["ssim_vis"], "dssim_ir": one["ssim_ir"],
-            "cc_base": two["cc_base"], "cc_detail": two["cc_detail"], "cc_graph": two["cc_graph"],
-            "stage2_intensity": two["intensity"], "stage2_gradient": two["gradient"], "stage2_total_without_decomposition": total,
-            "lovasz_released_value": value.detach(), "lovasz_released_max_abs_gradient": r.grad.abs().max()}
+    return {
+        "sobel_l1_vis": one["sobel_vis"],
+        "sobel_l1_ir": one["sobel_ir"],
+        "spatial_gradient_l1_vis": one["spatial_gradient_vis"],
+        "gram_mse_ir": one["intensity_ir"],
+        "dssim_vis": one["ssim_vis"],
+        "dssim_ir": one["ssim_ir"],
+        "cc_base": two["cc_base"],
+        "cc_detail": two["cc_detail"],
+        "cc_graph": two["cc_graph"],
+        "stage2_intensity": two["intensity"],
+        "stage2_gradient": two["gradient"],
+        "stage2_total_without_decomposition": total,
+        "lovasz_released_value": value.detach(),
+        "lovasz_released_max_abs_gradient": r.grad.abs().max(),
+    }
 
 
 @pytest.mark.skipif(not GOLDEN, reason="the environment variable SMFNET_GOLDEN is not set")
@@ -435,13 +526,19 @@ def test_golden_keys_are_all_covered():
 @pytest.mark.parametrize("key", KEYS)
 def test_golden_released_losses(key):
     golden = json.loads((Path(GOLDEN) / "released_losses_seed7.json").read_text())
-    assert float(released_losses()[key]) == pytest.approx(golden[key], rel=1e-5, abs=0)  # float32 sums in another order
+    assert float(released_losses()[key]) == pytest.approx(
+        golden[key], rel=1e-5, abs=0
+    )  # float32 sums in another order
 
 
 @pytest.mark.skipif(not GOLDEN, reason="the environment variable SMFNET_GOLDEN is not set")
 def test_golden_stage2_total_with_inert_decomposition():
     a = load_file(Path(GOLDEN) / "released_activations_seed7.safetensors")
     golden = json.loads((Path(GOLDEN) / "released_losses_seed7.json").read_text())
-    total, _ = stage2_loss(a, vis=a["vis"], ir=a["ir"], variant="released", weights=LossWeights.preset("released"))
+    total, _ = stage2_loss(
+        a, vis=a["vis"], ir=a["ir"], variant="released", weights=LossWeights.preset("released")
+    )
     inert = 2 * 2 * golden["cc_detail"] ** 2 / (golden["cc_base"] + 1.01)
-    assert float(total) == pytest.approx(golden["stage2_total_without_decomposition"] + inert, rel=1e-5, abs=0)
+    assert float(total) == pytest.approx(
+        golden["stage2_total_without_decomposition"] + inert, rel=1e-5, abs=0
+    )

@@ -125,7 +125,11 @@ def ssim(x, y, data_range=2.0):
     norm = np.float32(49 / 48)
     c1, c2 = np.float32((0.01 * data_range) ** 2), np.float32((0.03 * data_range) ** 2)
     mx, my = mean(x), mean(y)
-    vx, vy, vxy = norm * (mean(x * x) - mx * mx), norm * (mean(y * y) - my * my), norm * (mean(x * y) - mx * my)
+    vx, vy, vxy = (
+        norm * (mean(x * x) - mx * mx),
+        norm * (mean(y * y) - my * my),
+        norm * (mean(x * y) - mx * my),
+    )
     s = ((2 * mx * my + c1) * (2 * vxy + c2)) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
     return float(s[3:-3, 3:-3].mean(dtype=np.float64))
 
@@ -167,5 +171,9 @@ def round_trip(luminance, rgb):
     y = np.float32(0.299) * r + np.float32(0.587) * g + np.float32(0.114) * b
     cr, cb = np.float32(0.713) * (r - y), np.float32(0.564) * (b - y)
     y = luminance.astype(np.float32)
-    planes = (y + np.float32(1.403) * cr, y - np.float32(0.714) * cr - np.float32(0.344) * cb, y + np.float32(1.773) * cb)
+    planes = (
+        y + np.float32(1.403) * cr,
+        y - np.float32(0.714) * cr - np.float32(0.344) * cb,
+        y + np.float32(1.773) * cb,
+    )
     return np.clip(np.rint(np.stack(planes, -1)), 0, 255).astype(np.uint8)

@@ -20,7 +20,14 @@ from smfnet.metrics.protocols import METRICS, measure
 
 NAMES = list(reference.NAMES)
 TABLE1_TNO_DIDFUSE = {
-    "EN": 6.8621, "SD": 46.8716, "SF": 11.7683, "MI": 1.6953, "VIF": 0.5931, "Qabf": 0.4033, "AG": 6.0095, "SSIM": 0.8414,
+    "EN": 6.8621,
+    "SD": 46.8716,
+    "SF": 11.7683,
+    "MI": 1.6953,
+    "VIF": 0.5931,
+    "Qabf": 0.4033,
+    "AG": 6.0095,
+    "SSIM": 0.8414,
 }  # as printed in the paper
 
 
@@ -66,19 +73,27 @@ def test_meets_reference_with_constant_patches(level):
 def test_variants_meet_reference():
     fused, ir, vis = triple(4)
     plain = reference.evaluate(fused, ir, vis)
-    assert evaluate(fused=fused, ir=ir, vis=vis, protocol="ag_half")["AG"] == pytest.approx(plain["AG_half"], rel=1e-6)
+    assert evaluate(fused=fused, ir=ir, vis=vis, protocol="ag_half")["AG"] == pytest.approx(
+        plain["AG_half"], rel=1e-6
+    )
     got = evaluate(fused=fused, ir=ir, vis=vis, protocol="ssim_range255")["SSIM"]
     assert got == pytest.approx(plain["SSIM_range255"], rel=1e-6)
     swapped = reference.vif(ir, fused) + reference.vif(vis, fused)
-    assert evaluate(fused=fused, ir=ir, vis=vis, protocol="vif_swapped")["VIF"] == pytest.approx(swapped, rel=1e-6)
+    assert evaluate(fused=fused, ir=ir, vis=vis, protocol="vif_swapped")["VIF"] == pytest.approx(
+        swapped, rel=1e-6
+    )
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.integers(0, 2**32 - 1), st.integers(41, 70), st.integers(41, 70), st.integers(0, 3), st.integers(0, 20))
+@given(
+    st.integers(0, 2**32 - 1), st.integers(41, 70), st.integers(41, 70), st.integers(0, 3), st.integers(0, 20)
+)
 def test_meets_reference_whatever_the_image(seed, height, width, smooth, levels):
     fused, ir, vis = triple(seed, height, width, smooth)
     if levels:  # few gray levels: flat areas and equal neighbours
-        fused, ir, vis = (np.rint(np.rint(x / 255 * levels) * 255 / levels).astype(np.float32) for x in (fused, ir, vis))
+        fused, ir, vis = (
+            np.rint(np.rint(x / 255 * levels) * 255 / levels).astype(np.float32) for x in (fused, ir, vis)
+        )
     fast = evaluate(fused=fused, ir=ir, vis=vis, undefined="report")
     close(fast, reference.evaluate(fused, ir, vis))
     assert all(np.isfinite(v) for v in fast.values())
@@ -112,8 +127,14 @@ def test_same_values_on_cuda():
 def test_types_of_input_do_not_matter():
     arrays = triple(6)
     want = evaluate(fused=arrays[0], ir=arrays[1], vis=arrays[2])
-    for convert in (lambda x: x.astype(np.uint8), lambda x: x.astype(np.float64), torch.from_numpy, lambda x: x.tolist(),
-                    lambda x: np.asfortranarray(x), lambda x: np.ascontiguousarray(x[::-1])[::-1]):
+    for convert in (
+        lambda x: x.astype(np.uint8),
+        lambda x: x.astype(np.float64),
+        torch.from_numpy,
+        lambda x: x.tolist(),
+        lambda x: np.asfortranarray(x),
+        lambda x: np.ascontiguousarray(x[::-1])[::-1],
+    ):
         got = evaluate(**dict(zip(("fused", "ir", "vis"), map(convert, arrays), strict=True)))
         assert got == want
     assert got.protocol == "table1" and "table1" in repr(got)
@@ -122,7 +143,7 @@ def test_types_of_input_do_not_matter():
 def test_input_is_left_alone():
     arrays = triple(7)
     copies = [a.copy() for a in arrays]
-    evaluate(fused=arrays[0] , ir=arrays[1], vis=arrays[2])
+    evaluate(fused=arrays[0], ir=arrays[1], vis=arrays[2])
     for a, c in zip(arrays, copies, strict=True):
         np.testing.assert_array_equal(a, c)
 
@@ -132,7 +153,11 @@ def test_input_is_left_alone():
 
 @pytest.mark.parametrize("method", ["DIDFuse", "PMGI"])
 def test_golden_values(method):
-    golden, folder, tno = golden_file("metrics_TNO.json"), data_dir("fused", "TNO", method), data_dir("TNO", "test")
+    golden, folder, tno = (
+        golden_file("metrics_TNO.json"),
+        data_dir("fused", "TNO", method),
+        data_dir("TNO", "test"),
+    )
     if not (golden and folder and tno):
         pytest.skip("needs SMFNET_GOLDEN and SMFNET_DATA")
     wanted = json.loads(golden.read_text())[method]
@@ -150,7 +175,9 @@ def test_golden_values(method):
             assert abs(round(table[name].mean(), 4) - printed) < (1.5e-4 if name == "VIF" else 5e-5), name
 
 
-@pytest.mark.parametrize(("name", "want"), [("TNO", (0.9243, 0.5988, 4.71)), ("RoadScene", (0.8530, 0.6040, 5.11))])
+@pytest.mark.parametrize(
+    ("name", "want"), [("TNO", (0.9243, 0.5988, 4.71)), ("RoadScene", (0.8530, 0.6040, 5.11))]
+)
 def test_trivial_maximum_meets_ledger_row_23(name, want, tmp_path):
     "The pixel-wise maximum of the gray sources, saved and measured through files; JPEG and colour sources included."
     root = data_dir(name, "test")
@@ -159,7 +186,9 @@ def test_trivial_maximum_meets_ledger_row_23(name, want, tmp_path):
     for path in sorted((root / "vi").iterdir()):
         top = np.maximum(reference.read(path), reference.read(root / "ir" / path.name))
         Image.fromarray(top.astype(np.uint8)).save(tmp_path / f"{path.stem}.png")
-    means = evaluate_folder(fused=tmp_path, ir=root / "ir", vis=root / "vi", progress=False)[["VIF", "Qabf", "MI"]].mean()
+    means = evaluate_folder(fused=tmp_path, ir=root / "ir", vis=root / "vi", progress=False)[
+        ["VIF", "Qabf", "MI"]
+    ].mean()
     for name, value, places in zip(means.index, want, (4, 4, 2), strict=True):
         assert abs(means[name] - value) < 0.6 * 10**-places, (name, means[name])
 
@@ -186,7 +215,9 @@ def test_colour_round_trip_moves_a_real_row(tmp_path):
     table = evaluate_folder(**roles, progress=False)
     for (_, row), want in zip(table.iterrows(), plain, strict=True):
         close(row.to_dict(), want)
-    assert abs(table["VIF"].mean() / np.mean([g["VIF"] for g in gray]) - 1) > 1e-4  # far above the 1e-6 to which files and plain reference agree
+    assert (
+        abs(table["VIF"].mean() / np.mean([g["VIF"] for g in gray]) - 1) > 1e-4
+    )  # far above the 1e-6 to which files and plain reference agree
 
 
 # --- properties
@@ -209,7 +240,9 @@ def test_bounds(three):
     fused, ir, vis = three
     v = evaluate(fused=fused, ir=ir, vis=vis)
     assert 0 <= v["EN"] <= 8 and 0 <= v["SD"] <= 127.5 and v["SF"] >= 0 and v["AG"] >= 0
-    entropies = [evaluate(fused=x, ir=ir, vis=vis, undefined="report")["EN"] * np.log(2) for x in (fused, ir, vis)]
+    entropies = [
+        evaluate(fused=x, ir=ir, vis=vis, undefined="report")["EN"] * np.log(2) for x in (fused, ir, vis)
+    ]
     assert 0 <= v["MI"] <= min(entropies[0], entropies[1]) + min(entropies[0], entropies[2]) + 1e-9
     assert -2 <= v["SCD"] <= 2 and v["VIF"] >= 0 and 0 <= v["Qabf"] <= 1 and -2 <= v["SSIM"] <= 2
 
@@ -230,12 +263,18 @@ def test_what_ignores_orientation(three, how):
     move = {"transpose": np.transpose, "turn": lambda x: x[::-1, ::-1], "mirror": lambda x: x[:, ::-1]}[how]
     fused, ir, vis = three
     before = evaluate(fused=fused, ir=ir, vis=vis)
-    after = evaluate(**{n: np.ascontiguousarray(move(x)) for n, x in (("fused", fused), ("ir", ir), ("vis", vis))})
+    after = evaluate(
+        **{n: np.ascontiguousarray(move(x)) for n, x in (("fused", fused), ("ir", ir), ("vis", vis))}
+    )
     for name in ("EN", "SD", "SF", "MI", "SCD", "AG"):
         assert after[name] == pytest.approx(before[name], rel=1e-9), name
-    assert after["SSIM"] == pytest.approx(before["SSIM"], rel=5e-3)  # single-precision passes are not symmetric
+    assert after["SSIM"] == pytest.approx(
+        before["SSIM"], rel=5e-3
+    )  # single-precision passes are not symmetric
     if how == "turn":
-        assert after["Qabf"] == pytest.approx(before["Qabf"], rel=1e-9)  # both differences change sign: same angle
+        assert after["Qabf"] == pytest.approx(
+            before["Qabf"], rel=1e-9
+        )  # both differences change sign: same angle
 
 
 @few
@@ -256,7 +295,10 @@ def test_relabelled_grays_keep_information_only(three, seed):
     "A permutation of gray levels ruins the picture; EN and MI do not notice, VIF and SSIM do."
     fused, ir, vis = three
     table = np.random.default_rng(seed).permutation(256).astype(np.float32)
-    before, after = evaluate(fused=fused, ir=ir, vis=vis), evaluate(fused=table[fused.astype(int)], ir=ir, vis=vis)
+    before, after = (
+        evaluate(fused=fused, ir=ir, vis=vis),
+        evaluate(fused=table[fused.astype(int)], ir=ir, vis=vis),
+    )
     for name in ("EN", "MI"):
         assert after[name] == pytest.approx(before[name], rel=1e-9), name
     assert after["VIF"] < before["VIF"] and after["SSIM"] < before["SSIM"]
@@ -271,7 +313,9 @@ def test_contrast(three):
     before, after = evaluate(fused=even, ir=ir, vis=vis), evaluate(fused=even / 2, ir=ir, vis=vis)
     for name in ("SD", "SF", "AG"):
         assert after[name] == pytest.approx(before[name] / 2, rel=1e-6), name
-    assert after["EN"] == pytest.approx(before["EN"], rel=1e-9) and after["MI"] == pytest.approx(before["MI"], rel=1e-9)
+    assert after["EN"] == pytest.approx(before["EN"], rel=1e-9) and after["MI"] == pytest.approx(
+        before["MI"], rel=1e-9
+    )
     assert after["VIF"] < before["VIF"]
 
 
@@ -290,9 +334,19 @@ def test_noise_fools_the_metrics_without_a_reference(three):
 def test_every_protocol_changes_exactly_what_it_says():
     fused, ir, vis = triple(8)
     expected = {
-        "toolbox": {"MI", "AG", "SSIM"}, "truncated": set(NAMES), "en_nats": {"EN"}, "mi_bits": {"MI"}, "sf_pixels": {"SF"},
-        "ag_half": {"AG"}, "vif_swapped": {"VIF"}, "vif_keep_negative": {"VIF"}, "qabf_folded": {"Qabf"},
-        "qabf_replicate": {"Qabf"}, "ssim_range255": {"SSIM"}, "ssim_float64": {"SSIM"}, "ssim_uncropped": {"SSIM"},
+        "toolbox": {"MI", "AG", "SSIM"},
+        "truncated": set(NAMES),
+        "en_nats": {"EN"},
+        "mi_bits": {"MI"},
+        "sf_pixels": {"SF"},
+        "ag_half": {"AG"},
+        "vif_swapped": {"VIF"},
+        "vif_keep_negative": {"VIF"},
+        "qabf_folded": {"Qabf"},
+        "qabf_replicate": {"Qabf"},
+        "ssim_range255": {"SSIM"},
+        "ssim_float64": {"SSIM"},
+        "ssim_uncropped": {"SSIM"},
         "ssim_mean": {"SSIM"},
     }
     assert set(expected) == set(PROTOCOLS) - {"table1"}
@@ -346,13 +400,17 @@ def test_constant_source_is_undefined_not_zero(level):
     with pytest.raises(KeyError):
         scores["VIF"]
     all_flat = evaluate(fused=fused, ir=flat, vis=flat, undefined="report")
-    assert ("Qabf" in all_flat.undefined) == (level == 0)  # a constant image still has an edge at its zero-padded border
+    assert ("Qabf" in all_flat.undefined) == (
+        level == 0
+    )  # a constant image still has an edge at its zero-padded border
 
 
 def test_constant_fused_image_is_defined():
     fused, ir, vis = triple(11)
     scores = evaluate(fused=np.full_like(fused, 90), ir=ir, vis=vis)
-    assert scores["EN"] == scores["SD"] == scores["SF"] == scores["AG"] == 0 and scores["VIF"] == pytest.approx(0, abs=1e-9)
+    assert scores["EN"] == scores["SD"] == scores["SF"] == scores["AG"] == 0 and scores[
+        "VIF"
+    ] == pytest.approx(0, abs=1e-9)
 
 
 # --- folders
@@ -371,7 +429,11 @@ def folders(tmp_path):
 
 def test_folder_table(folders):
     table = evaluate_folder(**folders, progress=False)
-    assert list(table.columns) == NAMES and list(table.index) == ["00", "01", "02"] and table.index.name == "stem"
+    assert (
+        list(table.columns) == NAMES
+        and list(table.index) == ["00", "01", "02"]
+        and table.index.name == "stem"
+    )
     assert table.attrs == {"protocol": "table1", "undefined": {}}
     for seed in range(3):
         close(table.loc[f"{seed:02d}"].to_dict(), reference.evaluate(*triple(seed, 50, 64)))
@@ -393,7 +455,10 @@ def test_undefined_cells_are_counted(folders):
     Image.fromarray(np.full((50, 64), 9, np.uint8)).save(folders["ir"] / "01.png")
     with pytest.warns(UndefinedWarning) as seen:
         table = evaluate_folder(**folders, progress=False)
-    assert [str(w.message)[:27] for w in seen] == ["SCD is undefined for 1 of 3", "VIF is undefined for 1 of 3"]
+    assert [str(w.message)[:27] for w in seen] == [
+        "SCD is undefined for 1 of 3",
+        "VIF is undefined for 1 of 3",
+    ]
     assert table.attrs["undefined"] == {"SCD": {"01": "ir constant"}, "VIF": {"01": "ir constant"}}
     assert table["VIF"].isna().tolist() == [False, True, False]
     summary = summarise(table)
@@ -437,7 +502,10 @@ def test_small_images_in_a_folder_name_the_file(folders):
 def colour_triple(seed):
     rng = np.random.default_rng(seed)
     fused, ir, y = (x.astype(np.float64) for x in triple(seed, 52, 66))
-    tint = np.stack([y + 60 * np.sin(np.linspace(0, 9, y.size)).reshape(y.shape), y, y - 40 + rng.normal(0, 8, y.shape)], -1)
+    tint = np.stack(
+        [y + 60 * np.sin(np.linspace(0, 9, y.size)).reshape(y.shape), y, y - 40 + rng.normal(0, 8, y.shape)],
+        -1,
+    )
     return fused + 0.3, ir, np.clip(np.rint(tint), 0, 255).astype(np.uint8)
 
 
@@ -457,13 +525,17 @@ def test_folder_of_colour_images_gives_the_row_of_the_round_trip(tmp_path):
         Image.fromarray(join_colour(fused, rgb)).save(roles["fused"] / f"{seed}.png")
         Image.fromarray(ir.astype(np.uint8)).save(roles["ir"] / f"{seed}.png")
         Image.fromarray(rgb).save(roles["vis"] / f"{seed}.png")
-        wanted.append(reference.evaluate(reference.gray(reference.round_trip(fused, rgb)), ir, reference.gray(rgb)))
+        wanted.append(
+            reference.evaluate(reference.gray(reference.round_trip(fused, rgb)), ir, reference.gray(rgb))
+        )
         without.append(evaluate(fused=np.clip(fused, 0, 255), ir=ir, vis=reference.gray(rgb)))
     table = evaluate_folder(**roles, progress=False)
     for (_, row), want in zip(table.iterrows(), wanted, strict=True):
         close(row.to_dict(), want)
     moved = {name: abs(table[name].mean() / np.mean([w[name] for w in without]) - 1) for name in NAMES}
-    assert moved["SD"] > 1e-3 and moved["SF"] > 1e-3, moved  # the round trip is part of the row, not decoration
+    assert moved["SD"] > 1e-3 and moved["SF"] > 1e-3, (
+        moved
+    )  # the round trip is part of the row, not decoration
 
 
 def test_reading_meets_reference(tmp_path):
@@ -489,12 +561,18 @@ def test_command(folders, tmp_path, capsys):
         warnings.simplefilter("error", UndefinedWarning)  # the printed table states them instead
         assert evaluate_command(**folders, protocol="mi_bits", csv=csv, compare=[other], workers=1) == 0
     printed = capsys.readouterr().out
-    assert "mi_bits" in printed and "VIF: undefined for 1 of 3 images: 01 (ir constant)" in printed and "p_holm" in printed
+    assert (
+        "mi_bits" in printed
+        and "VIF: undefined for 1 of 3 images: 01 (ir constant)" in printed
+        and "p_holm" in printed
+    )
     lines = csv.read_text(encoding="utf-8").splitlines()
     assert lines[0] == "protocol,method,stem," + ",".join(NAMES) and len(lines) == 7
     assert sum("undefined" in line for line in lines) == 2 and "nan" not in csv.read_text().lower()
     tables = read_csv(csv)
     assert list(tables) == ["fused", "other"] and tables["other"].attrs["protocol"] == "mi_bits"
     with pytest.warns(UndefinedWarning):
-        again = evaluate_folder(fused=other, ir=folders["ir"], vis=folders["vis"], protocol="mi_bits", progress=False)
+        again = evaluate_folder(
+            fused=other, ir=folders["ir"], vis=folders["vis"], protocol="mi_bits", progress=False
+        )
     np.testing.assert_array_equal(tables["other"].to_numpy(), again.to_numpy())

@@ -23,7 +23,8 @@ SMALL = dict(dim=16, heads=4, groups=1, depth=1)
 
 def golden(name):
     path = golden_file(name)
-    if path is None: pytest.skip(f"{name}: SMFNET_GOLDEN does not lead to it")
+    if path is None:
+        pytest.skip(f"{name}: SMFNET_GOLDEN does not lead to it")
     return path
 
 
@@ -63,7 +64,8 @@ def test_every_golden_activation(weights, activations, dtype, one_thread):
     found = model.features(vis=activations["vis"].to(dtype), ir=activations["ir"].to(dtype))
     assert set(found) == set(activations) - {"vis", "ir"}
     errors = {name: (found[name] - activations[name]).abs().max().item() for name in found}
-    for name, error in sorted(errors.items()): print(f"{name:13} {error:.2e}")
+    for name, error in sorted(errors.items()):
+        print(f"{name:13} {error:.2e}")
     assert max(errors.values()) <= 1e-5, errors
 
 
@@ -83,7 +85,10 @@ def test_released_weights_need_the_slip(weights, activations):
 
 
 def test_live_and_unused_part_of_the_release():
-    sizes = {k: math.prod(shape) for k, (shape, _) in json.loads(golden("released_state_dict.json").read_text()).items()}
+    sizes = {
+        k: math.prod(shape)
+        for k, (shape, _) in json.loads(golden("released_state_dict.json").read_text()).items()
+    }
     ours = {literal.released_key(name) for name in literal.LiteralSMFNet().state_dict()}
     unused = {k for k in sizes if re.match(literal.UNUSED, k)}
     assert ours | unused == set(sizes) and not ours & unused
@@ -115,17 +120,24 @@ def test_foreign_weights_are_refused():
     state = {literal.released_key(k): v for k, v in small().state_dict().items()}
     assert not model.load_released(state).training
     first = next(iter(state))
-    with pytest.raises(ValueError, match="unexpected.*stranger"): model.load_released({**state, "stranger": torch.ones(1)})
-    with pytest.raises(ValueError, match=f"missing.*{re.escape(first)}"): model.load_released({k: v for k, v in state.items() if k != first})
-    with pytest.raises(ValueError, match="edge_gating"): literal.LiteralSMFNet(edge_gating="slip")
-    with pytest.raises(ValueError, match="dim"): literal.LiteralSMFNet(dim=20)
+    with pytest.raises(ValueError, match="unexpected.*stranger"):
+        model.load_released({**state, "stranger": torch.ones(1)})
+    with pytest.raises(ValueError, match=f"missing.*{re.escape(first)}"):
+        model.load_released({k: v for k, v in state.items() if k != first})
+    with pytest.raises(ValueError, match="edge_gating"):
+        literal.LiteralSMFNet(edge_gating="slip")
+    with pytest.raises(ValueError, match="dim"):
+        literal.LiteralSMFNet(dim=20)
 
 
 @pytest.mark.parametrize("edge_gating", literal.EDGE_GATINGS)
 def test_message_by_hand(edge_gating):
     messages = literal.Messages(4, edge_gating)
-    with torch.no_grad(): messages.edge.weight.copy_(torch.tensor([[1.0, 2, 3, 4], [-1, 1, -1, 1]])[:, :, None, None])
-    node, first, second = (torch.tensor(v)[None, :, None, None] for v in ([1.0, 1, 1, 1], [1.0, 1, 1, 0], [0.0, 1, 0, 1]))
+    with torch.no_grad():
+        messages.edge.weight.copy_(torch.tensor([[1.0, 2, 3, 4], [-1, 1, -1, 1]])[:, :, None, None])
+    node, first, second = (
+        torch.tensor(v)[None, :, None, None] for v in ([1.0, 1, 1, 1], [1.0, 1, 1, 0], [0.0, 1, 0, 1])
+    )
     g0, g1 = (1 / (1 + math.exp(-4))), (1 / (1 + math.exp(2)))  # edge responses 4 and -2
     expected = {"neighbour": [g0, g0 + g1, g0, g1], "channel_interleaved": [g0, 2 * g1, g0, g1]}[edge_gating]
     found = messages.message(node, first, second).detach().flatten()
@@ -135,7 +147,8 @@ def test_message_by_hand(edge_gating):
 @pytest.mark.parametrize("edge_gating", literal.EDGE_GATINGS)
 def test_odd_sizes_and_no_dead_parameter(edge_gating):
     model = small(edge_gating=edge_gating)
-    for messages in (model.graph.within_ir, model.graph.within_vis): torch.nn.init.constant_(messages.gamma, 0.5)
+    for messages in (model.graph.within_ir, model.graph.within_vis):
+        torch.nn.init.constant_(messages.gamma, 0.5)
     images = pair(17, 23)
     loss = 0
     for stage in (1, 2):
@@ -143,12 +156,20 @@ def test_odd_sizes_and_no_dead_parameter(edge_gating):
             assert value.shape == (2, 1 if name in ("fused", "recon_vis", "recon_ir") else 16, 17, 23)
             loss = loss + (value * torch.randn(value.shape, generator=torch.Generator().manual_seed(2))).sum()
     loss.backward()
-    dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any() or not p.grad.isfinite().all()]
+    dead = [
+        n
+        for n, p in model.named_parameters()
+        if p.grad is None or not p.grad.any() or not p.grad.isfinite().all()
+    ]
     assert not dead
 
 
-def loss1(f): return (f["recon_vis"] - 0.2).abs().mean() + (f["recon_ir"] - 0.8).abs().mean()
-def loss2(f): return (f["fused"] - 0.2).abs().mean()
+def loss1(f):
+    return (f["recon_vis"] - 0.2).abs().mean() + (f["recon_ir"] - 0.8).abs().mean()
+
+
+def loss2(f):
+    return (f["fused"] - 0.2).abs().mean()
 
 
 def test_stages_train_their_sub_networks():
@@ -167,17 +188,26 @@ def test_each_gradient_is_clipped():
     model = small()
     literal.LiteralTrainer(model, 2).step(*pair(24, 24).values(), lambda f: 1000 * loss2(f))
     for name in literal.LiteralTrainer.STAGES[2]:
-        norm = torch.stack([p.grad.norm() for p in getattr(model, name).parameters() if p.grad is not None]).norm()
-        assert norm.item() == pytest.approx(0.01, rel=1e-3)  # clip_grad_norm_ adds 1e-6 to the norm it divides by
+        norm = torch.stack(
+            [p.grad.norm() for p in getattr(model, name).parameters() if p.grad is not None]
+        ).norm()
+        assert norm.item() == pytest.approx(
+            0.01, rel=1e-3
+        )  # clip_grad_norm_ adds 1e-6 to the norm it divides by
 
 
 def test_learning_rates():
     trainer = literal.LiteralTrainer(small(), 1)
     rate = lambda name: trainer.optimisers[name].param_groups[0]["lr"]
-    for stage, epochs, encoder, fusion in ((1, 40, 2.5e-5, 1e-4), (2, 80, 1.5625e-6, 6.25e-6), (2, 60, 1e-6, 1e-6)):
+    for stage, epochs, encoder, fusion in (
+        (1, 40, 2.5e-5, 1e-4),
+        (2, 80, 1.5625e-6, 6.25e-6),
+        (2, 60, 1e-6, 1e-6),
+    ):
         trainer.stage = stage
         trainer.step(*pair(16, 16, 1).values(), loss1 if stage == 1 else loss2)
-        for _ in range(epochs): trainer.end_epoch()
+        for _ in range(epochs):
+            trainer.end_epoch()
         assert rate("encoder") == pytest.approx(encoder) and rate("detail_fusion") == pytest.approx(fusion)
 
 
@@ -191,15 +221,17 @@ def test_loss_falls():
 @pytest.mark.parametrize("edge_gating", ["channel_interleaved", "neighbour"])
 def test_package_agrees_with_the_literal_version(edge_gating):
     """Two independent implementations, equal random weights: every intermediate result agrees, without any golden file."""
-    from smfnet.network.released import load_released
     from smfnet.network.model import SMFNet
+    from smfnet.network.released import load_released
 
     torch.manual_seed(3)
     plain = literal.LiteralSMFNet(edge_gating=edge_gating).eval()
     for name, p in plain.named_parameters():
         if name.endswith("gamma"):
             torch.nn.init.constant_(p, 0.7)
-    released = load_released({literal.released_key(k): v for k, v in plain.state_dict().items()}, verbose=False)
+    released = load_released(
+        {literal.released_key(k): v for k, v in plain.state_dict().items()}, verbose=False
+    )
     ours = SMFNet("paper", edge_gating=edge_gating).eval()
     ours.load_state_dict(released.state_dict())
     g = torch.Generator().manual_seed(0)

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from smfnet import __version__
-from smfnet.fusion import files as fusion
 from smfnet.cli import main
 from smfnet.data.images import read_pixels
+from smfnet.fusion import files as fusion
 from smfnet.network.model import SMFNet
 
 
@@ -42,7 +42,10 @@ def test_fusing_folders(place, capsys):
     assert main(f"{FUSE} --threads 1".split()) == 0
     out, err = capsys.readouterr()
     assert "2 of 2 pairs fused into out" in out and "fusing" in err  # the bar is on the error stream
-    assert {p.name: read_pixels(p).values.shape for p in Path("out").iterdir()} == {"a.png": (48, 64, 3), "b.png": (48, 64, 3)}
+    assert {p.name: read_pixels(p).values.shape for p in Path("out").iterdir()} == {
+        "a.png": (48, 64, 3),
+        "b.png": (48, 64, 3),
+    }
     assert torch.get_num_threads() == 1
 
 
@@ -54,15 +57,32 @@ def test_fusing_two_files(place):
 
 def test_options_reach_the_fusion(place, monkeypatch):
     seen = {}
+
     def record(**options):
         seen.update(options)
         return fusion.FusionReport(Path("out"))
+
     monkeypatch.setattr(fusion, "fuse_folder", record)
     assert main(f"{FUSE} --range -3.5 40 --stretch --max-memory 2GB --skip-existing".split()) == 0
-    assert seen == {"ir": "ir", "vis": "vi", "out": "out", "model": "w.safetensors", "device": "cpu", "range": [-3.5, 40.0],
-                    "stretch": True, "max_memory": 2 * 10 ** 9, "skip_existing": True}
+    assert seen == {
+        "ir": "ir",
+        "vis": "vi",
+        "out": "out",
+        "model": "w.safetensors",
+        "device": "cpu",
+        "range": [-3.5, 40.0],
+        "stretch": True,
+        "max_memory": 2 * 10**9,
+        "skip_existing": True,
+    }
     assert main("fuse --ir ir --vis vi --out out".split()) == 0
-    assert seen["model"] == "tiny" and seen["stretch"] is False and seen["range"] is None and seen["device"] == "auto" and seen["max_memory"] is None
+    assert (
+        seen["model"] == "tiny"
+        and seen["stretch"] is False
+        and seen["range"] is None
+        and seen["device"] == "auto"
+        and seen["max_memory"] is None
+    )
 
 
 def test_skipping_what_is_there(place, capsys):
@@ -87,32 +107,43 @@ def test_some_bad_pairs_exit_with_one(place, capsys):
 
 
 def test_only_bad_pairs_exit_with_two(place, capsys):
-    assert main(FUSE.replace("--ir ir", "--ir ir/a.png").replace("--vis vi", "--vis w.safetensors").split()) == 2
+    assert (
+        main(FUSE.replace("--ir ir", "--ir ir/a.png").replace("--vis vi", "--vis w.safetensors").split()) == 2
+    )
     assert "w.safetensors" in capsys.readouterr().err and os.listdir("out") == []
 
 
 class Malicious:
     "A pickle that would leave a file behind if it were run."
-    def __reduce__(self): return (Path.touch, (Path("trace"),))
+
+    def __reduce__(self):
+        return (Path.touch, (Path("trace"),))
 
 
-@pytest.mark.parametrize(("change", "word"), [
-    (("--ir ir", "--ir none"), "none: no such file or folder"),
-    (("--ir ir", "--ir empty"), "empty: holds no image"),
-    (("--vis vi", "--vis ir"), "infrared and as visible"),
-    (("--out out", "--out w.safetensors"), "w.safetensors: cannot be written"),
-    (("--out out", "--out w.safetensors/deeper"), "cannot be written"),
-    (("--out out", "--out /proc/none"), "/proc/none: cannot be written"),
-    (("--out out", "--out vi"), "vi: is a source folder"),
-    (("w.safetensors", "none.safetensors"), "none.safetensors: no such weights file; give 'tiny' (shipped), the authors' checkpoint, or"),
-    (("w.safetensors", "huge"), "'huge'"),
-    (("w.safetensors", "ir/a.png"), "ir/a.png"),
-    (("w.safetensors", "evil.pth"), "evil.pth: refused"),
-    (("--device cpu", "--range 7 3"), "range: 7 3"),
-    (("--device cpu", "--range nan 3"), "range: nan 3"),
-])
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (("--ir ir", "--ir none"), "none: no such file or folder"),
+        (("--ir ir", "--ir empty"), "empty: holds no image"),
+        (("--vis vi", "--vis ir"), "infrared and as visible"),
+        (("--out out", "--out w.safetensors"), "w.safetensors: cannot be written"),
+        (("--out out", "--out w.safetensors/deeper"), "cannot be written"),
+        (("--out out", "--out /proc/none"), "/proc/none: cannot be written"),
+        (("--out out", "--out vi"), "vi: is a source folder"),
+        (
+            ("w.safetensors", "none.safetensors"),
+            "none.safetensors: no such weights file; give 'tiny' (shipped), the authors' checkpoint, or",
+        ),
+        (("w.safetensors", "huge"), "'huge'"),
+        (("w.safetensors", "ir/a.png"), "ir/a.png"),
+        (("w.safetensors", "evil.pth"), "evil.pth: refused"),
+        (("--device cpu", "--range 7 3"), "range: 7 3"),
+        (("--device cpu", "--range nan 3"), "range: nan 3"),
+    ],
+)
 def test_bad_input_is_one_line_and_two(place, capsys, change, word):
-    if "/proc" in word and not Path("/proc/self").exists(): pytest.skip("no /proc here")
+    if "/proc" in word and not Path("/proc/self").exists():
+        pytest.skip("no /proc here")
     Path("empty").mkdir()
     Path("evil.pth").write_bytes(pickle.dumps(Malicious()))
     sources = {p: p.read_bytes() for p in place.rglob("*") if p.is_file()}
@@ -123,27 +154,46 @@ def test_bad_input_is_one_line_and_two(place, capsys, change, word):
 
 
 def test_a_gpu_that_is_not_there(place, capsys):
-    if torch.cuda.is_available(): pytest.skip("there is a GPU here")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
     assert main(FUSE.replace("--device cpu", "--device cuda").split()) == 2
     assert "not available" in capsys.readouterr().err
 
 
 def test_interrupting_exits_with_130(place, monkeypatch, capsys):
-    def interrupted(**options): raise KeyboardInterrupt
+    def interrupted(**options):
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(fusion, "fuse_folder", interrupted)
     assert main(FUSE.split()) == 130
     assert "interrupted" in capsys.readouterr().err
 
 
 def test_defects_are_not_hidden(place, monkeypatch):
-    def defect(**options): raise ZeroDivisionError
+    def defect(**options):
+        raise ZeroDivisionError
+
     monkeypatch.setattr(fusion, "fuse_folder", defect)
-    with pytest.raises(ZeroDivisionError): main(FUSE.split())
+    with pytest.raises(ZeroDivisionError):
+        main(FUSE.split())
 
 
-@pytest.mark.parametrize("line", ["", "fuse", "fuse --ir a --vis b", f"{FUSE} --threads 0", f"{FUSE} --max-memory lots", f"{FUSE} --range 3", f"{FUSE} --device tpu", "paint"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "fuse",
+        "fuse --ir a --vis b",
+        f"{FUSE} --threads 0",
+        f"{FUSE} --max-memory lots",
+        f"{FUSE} --range 3",
+        f"{FUSE} --device tpu",
+        "paint",
+    ],
+)
 def test_wrong_usage_is_explained(line, capsys):
-    with pytest.raises(SystemExit) as e: main(line.split())
+    with pytest.raises(SystemExit) as e:
+        main(line.split())
     assert e.value.code == 2 and "usage: smfnet" in capsys.readouterr().err
 
 
@@ -153,12 +203,24 @@ def test_help_and_version_answer_without_torch():
     assert done.stdout.split("\n")[:2] == [f"smfnet {__version__}", "0 False"], done.stderr
 
 
-@pytest.mark.parametrize(("change", "word"), [(("--ir ir", "--ir none"), "none: no such"), (("w.safetensors", "evil.pth"), "evil.pth: refused")])
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [(("--ir ir", "--ir none"), "none: no such"), (("w.safetensors", "evil.pth"), "evil.pth: refused")],
+)
 def test_as_a_process_says_one_line(place, change, word):
     Path("evil.pth").write_bytes(pickle.dumps(Malicious()))
     code = "from smfnet.cli import main; raise SystemExit(main())"
-    done = subprocess.run([sys.executable, "-c", code, *FUSE.replace(*change).split()], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and done.stderr.startswith(f"smfnet: error: {word}") and done.stderr.count("\n") == 1, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code, *FUSE.replace(*change).split()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith(f"smfnet: error: {word}")
+        and done.stderr.count("\n") == 1
+    ), done.stderr
     assert not Path("trace").exists()
 
 

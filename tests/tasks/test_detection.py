@@ -40,7 +40,17 @@ from smfnet.tasks.detection import (
 from smfnet.tasks.detection_figure import MISSED
 from smfnet.tasks.results import draws
 
-SMALL = DetectorConfig(stem=8, widths=(8, 16), depths=(1, 1), block="basic", first=1, pyramid=8, heads=1, anchor=2.0, candidates=4)
+SMALL = DetectorConfig(
+    stem=8,
+    widths=(8, 16),
+    depths=(1, 1),
+    block="basic",
+    first=1,
+    pyramid=8,
+    heads=1,
+    anchor=2.0,
+    candidates=4,
+)
 QUICK = detection_recipe("demo", epochs=3, batch=2)
 
 
@@ -57,7 +67,9 @@ def voc(path: Path, boxes: np.ndarray, names: list[str]) -> None:
     """An annotation as M3FD has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     corners = lambda b: "".join(f"<{k}>{v:g}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), b))
-    objects = "".join(f"<object><name>{n}</name><bndbox>{corners(b)}</bndbox></object>" for b, n in zip(boxes, names))
+    objects = "".join(
+        f"<object><name>{n}</name><bndbox>{corners(b)}</bndbox></object>" for b, n in zip(boxes, names)
+    )
     path.write_text(f"<annotation>{objects}</annotation>", encoding="utf-8")
 
 
@@ -71,7 +83,11 @@ def m3fd(tmp_path):
             png(folder / f"Vis/{stem}.png", np.minimum(s.vis, 254) + noise)
             png(folder / f"Ir/{stem}.png", np.minimum(s.ir, 254) + noise)
             kept = slice(0, 0) if i == 3 else slice(None)
-            voc(folder / f"Annotation/{stem}.xml", s.boxes[kept], [M3FD_CLASSES[k].capitalize() for k in s.labels[kept]])
+            voc(
+                folder / f"Annotation/{stem}.xml",
+                s.boxes[kept],
+                [M3FD_CLASSES[k].capitalize() for k in s.labels[kept]],
+            )
     return tmp_path
 
 
@@ -93,7 +109,11 @@ def test_a_stopped_detector_ends_bit_identical(streets, tmp_path, stop, monkeypa
             raise KeyboardInterrupt
         return step(self, batches)
 
-    monkeypatch.setattr(TaskTrainer, "__init__", lambda self, *args, **kwargs: original(self, *args, **{**kwargs, "checkpoint_every": 1}))
+    monkeypatch.setattr(
+        TaskTrainer,
+        "__init__",
+        lambda self, *args, **kwargs: original(self, *args, **{**kwargs, "checkpoint_every": 1}),
+    )
     monkeypatch.setattr(TaskTrainer, "train_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_detector(train, tmp_path / "stopped", QUICK, config=SMALL, progress=False)
@@ -103,9 +123,19 @@ def test_a_stopped_detector_ends_bit_identical(streets, tmp_path, stop, monkeypa
     assert again.progress.done and again.progress.step == 9
     for name, value in straight.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name]), name
-    moments = lambda t: [t.optimiser.state[p][k] for g in t.optimiser.param_groups for p in g["params"] for k in ("exp_avg", "exp_avg_sq")]
-    assert all(torch.equal(a, b) for a, b in zip(moments(straight), moments(again), strict=True)) and len(moments(again)) > 40
-    read = lambda name: pd.read_json(tmp_path / name / "log.jsonl", lines=True).drop(columns="images_per_second")
+    moments = lambda t: [
+        t.optimiser.state[p][k]
+        for g in t.optimiser.param_groups
+        for p in g["params"]
+        for k in ("exp_avg", "exp_avg_sq")
+    ]
+    assert (
+        all(torch.equal(a, b) for a, b in zip(moments(straight), moments(again), strict=True))
+        and len(moments(again)) > 40
+    )
+    read = lambda name: pd.read_json(tmp_path / name / "log.jsonl", lines=True).drop(
+        columns="images_per_second"
+    )
     pd.testing.assert_frame_equal(read("straight"), read("stopped"))
 
 
@@ -129,7 +159,13 @@ def test_a_short_training_finds_what_it_was_shown(streets, tmp_path):
     config = replace(SMALL, stem=16, widths=(16, 32), pyramid=32)
     truths = [train.boxes(i) for i in range(len(train))]
     before = match(truths, evaluate(new_detector(config), train, progress=False))
-    run = train_detector(train, tmp_path, replace(QUICK, epochs=(60,), batch=3, lr=5e-3, zoom=1.0, warmup=5), config=config, progress=False)
+    run = train_detector(
+        train,
+        tmp_path,
+        replace(QUICK, epochs=(60,), batch=3, lr=5e-3, zoom=1.0, warmup=5),
+        config=config,
+        progress=False,
+    )
     after = match(truths, evaluate(run.model, train, progress=False))
     assert with_mean(after.ap)[-1] > with_mean(before.ap)[-1] + 0.2
 
@@ -143,10 +179,20 @@ def overlap(a, b) -> float:
 
 def slow_ap(truths, found, k) -> float:
     """AP@.5 of a class from its definition, with loops; NaN without objects."""
-    objects = {(i, j): t.boxes[j] for i, t in enumerate(truths) for j in range(len(t.labels)) if t.labels[j] == k}
+    objects = {
+        (i, j): t.boxes[j] for i, t in enumerate(truths) for j in range(len(t.labels)) if t.labels[j] == k
+    }
     if not objects:
         return float("nan")
-    guesses = sorted(((float(f.scores[j]), i, f.boxes[j]) for i, f in enumerate(found) for j in range(len(f.labels)) if f.labels[j] == k), key=lambda g: -g[0])
+    guesses = sorted(
+        (
+            (float(f.scores[j]), i, f.boxes[j])
+            for i, f in enumerate(found)
+            for j in range(len(f.labels))
+            if f.labels[j] == k
+        ),
+        key=lambda g: -g[0],
+    )
     taken, right, points = set(), 0, []
     for n, (_, i, box) in enumerate(guesses, 1):
         free = [(overlap(b, box), key) for key, b in objects.items() if key[0] == i and key not in taken]
@@ -167,9 +213,21 @@ def random_case(seed, n=10):
         corner = rng.uniform(0, 90, (rng.integers(0, 7), 2))
         boxes = np.concatenate([corner, corner + rng.uniform(6, 40, corner.shape)], 1).astype(np.float32)
         labels = rng.choice([0, 1, 2, 4, 5], len(boxes))  # class 3 has no object
-        guess = np.concatenate([boxes.repeat(2, 0) + rng.normal(0, 3, (2 * len(boxes), 4)), rng.uniform(0, 60, (3, 4)) + [0, 0, 60, 60]]).astype(np.float32)
+        guess = np.concatenate(
+            [
+                boxes.repeat(2, 0) + rng.normal(0, 3, (2 * len(boxes), 4)),
+                rng.uniform(0, 60, (3, 4)) + [0, 0, 60, 60],
+            ]
+        ).astype(np.float32)
         guess[:, 2:] = np.maximum(guess[:, 2:], guess[:, :2] + 1)
-        called = np.concatenate([np.where(rng.random(2 * len(boxes)) < 0.8, labels.repeat(2), rng.integers(0, 6, 2 * len(boxes))), rng.integers(0, 6, 3)])
+        called = np.concatenate(
+            [
+                np.where(
+                    rng.random(2 * len(boxes)) < 0.8, labels.repeat(2), rng.integers(0, 6, 2 * len(boxes))
+                ),
+                rng.integers(0, 6, 3),
+            ]
+        )
         truths.append(Boxes(boxes, labels, M3FD_CLASSES))
         found.append(Detections(guess, rng.random(len(guess)).astype(np.float32), called))
     return truths, found
@@ -187,7 +245,9 @@ def test_average_precision_equals_an_independent_evaluator(seed):
     times = draws(len(truths), resamples=3, seed=seed)
     for w, ours in zip(times, weighted_ap(m, times), strict=True):
         drawn = lambda items, w=w: [x for x, k in zip(items, w, strict=True) for _ in range(k)]
-        np.testing.assert_allclose(ours, [slow_ap(drawn(truths), drawn(found), k) for k in range(6)], atol=1e-9)
+        np.testing.assert_allclose(
+            ours, [slow_ap(drawn(truths), drawn(found), k) for k in range(6)], atol=1e-9
+        )
 
 
 def test_the_paper_preset_is_a_resnet50():
@@ -205,22 +265,37 @@ def test_the_paper_preset_is_a_resnet50():
 def edited(streets: Path, tmp_path: Path, change, every: bool = False) -> Path:
     """A copy of the streets whose first (or every) training annotation is changed."""
     shutil.copytree(streets, tmp_path / "copy")
-    for path in sorted((tmp_path / "copy/train/boxes").iterdir())[:None if every else 1]:
+    for path in sorted((tmp_path / "copy/train/boxes").iterdir())[: None if every else 1]:
         path.write_text(json.dumps(change(json.loads(path.read_text()))))
     return tmp_path / "copy"
 
 
-@pytest.mark.parametrize("change, text", [
-    (lambda d: {**d, "boxes": [[0, 0, 200, 30]], "labels": ["car"]}, "reaches 120 pixels over the 80×64 image"),
-    (lambda d: {**d, "boxes": [[-4, 0, 20, 30]], "labels": ["car"]}, "empty or outside"),
-    (lambda d: {**d, "boxes": [[9, 9, 9, 30]], "labels": ["car"]}, "empty or outside"),
-    (lambda d: {**d, "boxes": [[0, 0, 20, 30]], "labels": ["tram"]}, "class 'tram' is not one of people, car"),
-    (lambda d: {**d, "boxes": [[0, 0, 20, 30]], "labels": []}, "not a readable annotation"),
-])
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (
+            lambda d: {**d, "boxes": [[0, 0, 200, 30]], "labels": ["car"]},
+            "reaches 120 pixels over the 80×64 image",
+        ),
+        (lambda d: {**d, "boxes": [[-4, 0, 20, 30]], "labels": ["car"]}, "empty or outside"),
+        (lambda d: {**d, "boxes": [[9, 9, 9, 30]], "labels": ["car"]}, "empty or outside"),
+        (
+            lambda d: {**d, "boxes": [[0, 0, 20, 30]], "labels": ["tram"]},
+            "class 'tram' is not one of people, car",
+        ),
+        (lambda d: {**d, "boxes": [[0, 0, 20, 30]], "labels": []}, "not a readable annotation"),
+    ],
+)
 def test_an_annotation_that_does_not_fit_is_named(streets, tmp_path, change, text):
     """Boxes outside, empty boxes, unknown classes: the file is named before anything is trained."""
     with pytest.raises(InputError, match=text) as e:
-        train_detector(open_parts("visible", data=edited(streets, tmp_path, change))[0], tmp_path / "run", QUICK, config=SMALL, progress=False)
+        train_detector(
+            open_parts("visible", data=edited(streets, tmp_path, change))[0],
+            tmp_path / "run",
+            QUICK,
+            config=SMALL,
+            progress=False,
+        )
     assert "scene_0000" in str(e.value) and not (tmp_path / "run").exists()
 
 
@@ -269,7 +344,9 @@ def test_m3fd_is_divided_by_scene(m3fd):
     """8:1:1 of forty pictures; both pictures of a scene stay together, and fused images are found by name."""
     pairs = get_pairs("M3FD", "detection", root=m3fd)
     parts = split_scenes(pairs, seed=5)
-    assert [len(p) for p in parts.values()] == [32, 4, 4] and sorted(s for p in parts.values() for s in p.stems) == pairs.stems
+    assert [len(p) for p in parts.values()] == [32, 4, 4] and sorted(
+        s for p in parts.values() for s in p.stems
+    ) == pairs.stems
     for part in parts.values():
         assert all(f"{int(s) ^ 1:05d}" in part.stems for s in part.stems)
     check_leaks(parts)
@@ -277,7 +354,11 @@ def test_m3fd_is_divided_by_scene(m3fd):
     for stem in pairs.stems:
         png(m3fd / f"fused/ours/{stem}.png", np.full((64, 80), 7, np.uint8))
     train, test = open_inputs(["ours"], set="M3FD", root=m3fd, fused=m3fd / "fused", split_seed=5)["ours"]
-    assert test.stems == parts["test"].stems and (np.rint(train.image(0) * 255) == 7).all() and train.classes == M3FD_CLASSES
+    assert (
+        test.stems == parts["test"].stems
+        and (np.rint(train.image(0) * 255) == 7).all()
+        and train.classes == M3FD_CLASSES
+    )
 
 
 def test_notebooks_on_a_set_in_m3fds_layout(m3fd, tmp_path, root, monkeypatch):
@@ -288,23 +369,65 @@ def test_notebooks_on_a_set_in_m3fds_layout(m3fd, tmp_path, root, monkeypatch):
     notebooks, quick = root / "nbs/experiments", {"epochs": 1, "batch": 8}
     for name in ("visible", "stacked"):
         out = tmp_path / "results" / name
-        params = {"data": "", "set": "M3FD", "input": name, "seeds": [0, 1], "settings": quick, "resamples": 20, "out": str(out)}
+        params = {
+            "data": "",
+            "set": "M3FD",
+            "input": name,
+            "seeds": [0, 1],
+            "settings": quick,
+            "resamples": 20,
+            "out": str(out),
+        }
         if name == "visible":
             with pytest.raises(NotebookFailure, match="run the stage again to continue"):
-                run_notebook(notebooks / "detection.ipynb", output_dir=tmp_path / "run", params={**params, "budget_minutes": 1e-9}, progress=False)
+                run_notebook(
+                    notebooks / "detection.ipynb",
+                    output_dir=tmp_path / "run",
+                    params={**params, "budget_minutes": 1e-9},
+                    progress=False,
+                )
             assert not (out / "rows.csv").exists()
-        run_notebook(notebooks / "detection.ipynb", output_dir=tmp_path / "run", params=params, progress=False)
+        run_notebook(
+            notebooks / "detection.ipynb", output_dir=tmp_path / "run", params=params, progress=False
+        )
     found, made = read_found(out / "images.npz"), json.loads((out / "detection.json").read_text())
-    assert list(found.found) == [0, 1] and len(found.stems) == 4 and {p.stem for p in (out / "predictions").iterdir()} == set(found.stems)
+    assert (
+        list(found.found) == [0, 1]
+        and len(found.stems) == 4
+        and {p.stem for p in (out / "predictions").iterdir()} == set(found.stems)
+    )
     rows = pd.read_csv(out / "rows.csv")
-    assert set(rows["kind"]) == {"all"} and set(rows["metric"]) == {*M3FD_CLASSES, "mAP"} and set(rows["seed"]) == {0, 1}
+    assert (
+        set(rows["kind"]) == {"all"}
+        and set(rows["metric"]) == {*M3FD_CLASSES, "mAP"}
+        and set(rows["seed"]) == {0, 1}
+    )
     of = rows[rows["seed"] == 1].set_index("metric")["value"]
     np.testing.assert_allclose(of["mAP"], with_mean(match(found.truths, found.found[1]).ap)[-1])
-    assert made["initial"].startswith("random weights") and made["detector"].startswith("RetinaNet") and sum(made["objects"].values()) == sum(len(t.labels) for t in found.truths)
-    assert rows["conditions"].nunique() == 1 and set(rows["conditions"]) == set(pd.read_csv(tmp_path / "results/visible/rows.csv")["conditions"])
-    assert paired(tmp_path / "results/visible/images.npz", out / "images.npz", resamples=20)["n_seeds"].eq(2).all()
-    params = {"data": "", "set": "M3FD", "results": [str(tmp_path / "results/*")], "scenes": 2, "least": 0.9, "figures": str(tmp_path / "figures")}
+    assert (
+        made["initial"].startswith("random weights")
+        and made["detector"].startswith("RetinaNet")
+        and sum(made["objects"].values()) == sum(len(t.labels) for t in found.truths)
+    )
+    assert rows["conditions"].nunique() == 1 and set(rows["conditions"]) == set(
+        pd.read_csv(tmp_path / "results/visible/rows.csv")["conditions"]
+    )
+    assert (
+        paired(tmp_path / "results/visible/images.npz", out / "images.npz", resamples=20)["n_seeds"]
+        .eq(2)
+        .all()
+    )
+    params = {
+        "data": "",
+        "set": "M3FD",
+        "results": [str(tmp_path / "results/*")],
+        "scenes": 2,
+        "least": 0.9,
+        "figures": str(tmp_path / "figures"),
+    }
     run_notebook(notebooks / "figure4.ipynb", output_dir=tmp_path / "figure4", params=params, progress=False)
-    assert (tmp_path / "figures/figure4.svg").is_file() and json.loads((tmp_path / "figures/figure4.json").read_text())["inputs"] == ["stacked", "visible"]
+    assert (tmp_path / "figures/figure4.svg").is_file() and json.loads(
+        (tmp_path / "figures/figure4.json").read_text()
+    )["inputs"] == ["stacked", "visible"]
     pixels = np.array(Image.open(tmp_path / "figures/figure4.png").convert("RGB")).reshape(-1, 3).astype(int)
     assert (abs(pixels - MISSED).max(1) < 12).any()  # an untrained detector misses objects

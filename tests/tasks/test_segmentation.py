@@ -35,7 +35,9 @@ from smfnet.tasks.segmentation import (
 )
 from smfnet.tasks.segmentation_figure import MISSED_COLOUR, WRONG_COLOUR
 
-SMALL = SegmenterConfig(stem=8, widths=(8, 8, 16, 16), depths=(1, 1, 1, 1), block="basic", pyramid=8, rates=(1, 2, 3), detail=4)
+SMALL = SegmenterConfig(
+    stem=8, widths=(8, 8, 16, 16), depths=(1, 1, 1, 1), block="basic", pyramid=8, rates=(1, 2, 3), detail=4
+)
 QUICK = segmentation_recipe("demo", epochs=3, crop=64, batch=2)
 
 
@@ -59,7 +61,9 @@ def mfnet(tmp_path):
             mask = s.mask.copy()
             mask[:8, :8] = IGNORE
             png(tmp_path / f"MFNet/labels/{stems[-1]}.png", mask)
-        (tmp_path / f"MFNet/{part}.txt").write_text("\n".join([*stems, f"{stems[0]}_flip"]) + "\n", encoding="utf-8")
+        (tmp_path / f"MFNet/{part}.txt").write_text(
+            "\n".join([*stems, f"{stems[0]}_flip"]) + "\n", encoding="utf-8"
+        )
     return tmp_path
 
 
@@ -86,7 +90,11 @@ def test_a_stopped_segmenter_ends_bit_identical(streets, tmp_path, stop, monkeyp
         return step(self, batches)
 
     original = TaskTrainer.__init__
-    monkeypatch.setattr(TaskTrainer, "__init__", lambda self, *args, **kwargs: original(self, *args, **{**kwargs, "checkpoint_every": 1}))
+    monkeypatch.setattr(
+        TaskTrainer,
+        "__init__",
+        lambda self, *args, **kwargs: original(self, *args, **{**kwargs, "checkpoint_every": 1}),
+    )
     monkeypatch.setattr(TaskTrainer, "train_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_segmenter(train, tmp_path / "stopped", QUICK, config=SMALL, progress=False)
@@ -96,9 +104,16 @@ def test_a_stopped_segmenter_ends_bit_identical(streets, tmp_path, stop, monkeyp
     assert again.progress.done and again.progress.step == 9
     for name, value in weights(straight).items():
         assert torch.equal(value, again.model.state_dict()[name]), name
-    momenta = lambda t: [t.optimiser.state[p]["momentum_buffer"] for g in t.optimiser.param_groups for p in g["params"]]
-    assert all(torch.equal(a, b) for a, b in zip(momenta(straight), momenta(again), strict=True)) and len(momenta(again)) > 20
-    read = lambda name: pd.read_json(tmp_path / name / "log.jsonl", lines=True).drop(columns="images_per_second")
+    momenta = lambda t: [
+        t.optimiser.state[p]["momentum_buffer"] for g in t.optimiser.param_groups for p in g["params"]
+    ]
+    assert (
+        all(torch.equal(a, b) for a, b in zip(momenta(straight), momenta(again), strict=True))
+        and len(momenta(again)) > 20
+    )
+    read = lambda name: pd.read_json(tmp_path / name / "log.jsonl", lines=True).drop(
+        columns="images_per_second"
+    )
     pd.testing.assert_frame_equal(read("straight"), read("stopped"))
 
 
@@ -109,7 +124,9 @@ def test_a_spent_budget_stops_and_another_run_is_refused(streets, tmp_path):
     with pytest.raises(InputError, match="another"):
         train_segmenter(train, tmp_path, QUICK, config=SMALL, seed=1, progress=False)
     with pytest.raises(InputError, match="another.*channels"):
-        train_segmenter(open_part("train", "stacked", data=streets), tmp_path, QUICK, config=SMALL, progress=False)
+        train_segmenter(
+            open_part("train", "stacked", data=streets), tmp_path, QUICK, config=SMALL, progress=False
+        )
     assert train_segmenter(train, tmp_path, QUICK, config=SMALL, progress=False).progress.done
 
 
@@ -120,24 +137,35 @@ def test_a_short_training_beats_a_constant_predictor(streets, tmp_path):
     """A smoke: the training scenes, learned for some seconds, are segmented better than by calling everything background."""
     train = open_part("train", "visible", data=streets)
     config = replace(SMALL, stem=16, widths=(32, 32, 48, 64), pyramid=32, detail=32)
-    run = train_segmenter(train, tmp_path, replace(QUICK, epochs=(100,), batch=3), config=config, progress=False)
+    run = train_segmenter(
+        train, tmp_path, replace(QUICK, epochs=(100,), batch=3), config=config, progress=False
+    )
     counts = evaluate(run.model, train, progress=False).sum(0)
     assert scores(counts)["mIoU"] > scores(constant(counts))["mIoU"] + 0.05  # 0.115 was seen
-    assert scores(constant(counts))["mIoU"] == pytest.approx(counts[0].sum() / counts.sum() / (counts.sum(1) > 0).sum())
+    assert scores(constant(counts))["mIoU"] == pytest.approx(
+        counts[0].sum() / counts.sum() / (counts.sum(1) > 0).sum()
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_scores_equal_an_independent_evaluator(seed):
     """Random masks and predictions, some pixels ignored, a class without pixels: sets of pixels, and scikit-learn where it is."""
     rng = np.random.default_rng(seed)
-    truth = [rng.choice([0, 1, 2, 3, 5, 8, IGNORE], (20, 30), p=[0.5, 0.2, 0.1, 0.05, 0.05, 0.05, 0.05]).astype(np.uint8) for _ in range(4)]
+    truth = [
+        rng.choice([0, 1, 2, 3, 5, 8, IGNORE], (20, 30), p=[0.5, 0.2, 0.1, 0.05, 0.05, 0.05, 0.05]).astype(
+            np.uint8
+        )
+        for _ in range(4)
+    ]
     called = [rng.choice([0, 1, 2, 3, 6], (20, 30)).astype(np.uint8) for _ in truth]
     total = sum(confusion_matrix(t, p) for t, p in zip(truth, called))
     found, slow = scores(total), naive_scores(truth, called)
     for key in slow:
         np.testing.assert_allclose(found[key], slow[key], rtol=1e-12, err_msg=key)
     assert np.isnan(found["IoU"][[4, 7]]).all() and found["IoU"][6] == 0 and found["IoU"][8] == 0
-    assert found["mIoU"] == pytest.approx(np.nanmean(slow["IoU"])) and found["mAcc"] == pytest.approx(np.nanmean(slow["accuracy"]))
+    assert found["mIoU"] == pytest.approx(np.nanmean(slow["IoU"])) and found["mAcc"] == pytest.approx(
+        np.nanmean(slow["accuracy"])
+    )
     if importlib.util.find_spec("sklearn"):
         from sklearn.metrics import confusion_matrix as reference
 
@@ -148,9 +176,13 @@ def test_scores_equal_an_independent_evaluator(seed):
 def test_the_paper_preset_is_a_resnet50():
     """50 layers with weights on the way to the classifier: 49 convolutions here; output stride 16; the library's own parameter count."""
     model = new_segmenter(SegmenterConfig())
-    convolutions = [m for n, m in model.backbone.named_modules() if isinstance(m, torch.nn.Conv2d) and "shortcut" not in n]
+    convolutions = [
+        m for n, m in model.backbone.named_modules() if isinstance(m, torch.nn.Conv2d) and "shortcut" not in n
+    ]
     assert len(convolutions) == 49
-    assert sum(p.numel() for p in model.backbone.parameters()) == 23_508_032  # ResNet-50 without its classifier
+    assert (
+        sum(p.numel() for p in model.backbone.parameters()) == 23_508_032
+    )  # ResNet-50 without its classifier
     with torch.no_grad():
         fine, coarse = model.backbone.eval()(torch.rand(1, 3, 64, 96)).feature_maps
     assert fine.shape == (1, 256, 16, 24) and coarse.shape == (1, 2048, 4, 6)
@@ -169,22 +201,33 @@ def edited(streets: Path, tmp_path: Path, change) -> Path:
     return tmp_path / "copy"
 
 
-@pytest.mark.parametrize("change, text", [
-    (lambda m: np.where(m == 0, 9, m).astype(np.uint8), "class 9 is not one of the 9"),
-    (lambda m: m[:32], "80×32 pixels"),
-    (lambda m: np.dstack([m] * 3), "one channel"),
-])
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (lambda m: np.where(m == 0, 9, m).astype(np.uint8), "class 9 is not one of the 9"),
+        (lambda m: m[:32], "80×32 pixels"),
+        (lambda m: np.dstack([m] * 3), "one channel"),
+    ],
+)
 def test_a_mask_that_does_not_fit_is_named(streets, tmp_path, change, text):
     """Unknown classes, another size and colour: the file is named before anything is trained."""
     with pytest.raises(InputError, match=text) as e:
-        train_segmenter(open_part("train", "visible", data=edited(streets, tmp_path, change)), tmp_path / "run", QUICK, config=SMALL, progress=False)
+        train_segmenter(
+            open_part("train", "visible", data=edited(streets, tmp_path, change)),
+            tmp_path / "run",
+            QUICK,
+            config=SMALL,
+            progress=False,
+        )
     assert "scene_0000" in str(e.value) and not (tmp_path / "run").exists()
 
 
 def test_ignored_pixels_and_absent_masks(streets, tmp_path):
     """One mask may be ignored completely; if all are, or there are none, that is an error."""
     folder = edited(streets, tmp_path, lambda m: np.full_like(m, IGNORE))
-    run = train_segmenter(open_part("train", "visible", data=folder), tmp_path / "run", QUICK, config=SMALL, progress=False)
+    run = train_segmenter(
+        open_part("train", "visible", data=folder), tmp_path / "run", QUICK, config=SMALL, progress=False
+    )
     counts = evaluate(run.model, open_part("train", "visible", data=folder), progress=False)
     assert counts[0].sum() == 0 and counts[1].sum() == 64 * 80
     for path in (folder / "train/masks").iterdir():
@@ -222,24 +265,59 @@ def test_notebooks_on_a_set_in_mfnets_layout(mfnet, tmp_path, root, monkeypatch)
     notebooks, quick = root / "nbs/experiments", {"epochs": 1, "crop": 64, "batch": 2}
     for name in ("visible", "stacked"):
         out = tmp_path / "results" / name
-        params = {"data": "", "set": "MFNet", "input": name, "seeds": [0, 1], "settings": quick, "resamples": 50, "out": str(out)}
+        params = {
+            "data": "",
+            "set": "MFNet",
+            "input": name,
+            "seeds": [0, 1],
+            "settings": quick,
+            "resamples": 50,
+            "out": str(out),
+        }
         if name == "visible":
             with pytest.raises(NotebookFailure, match="run the stage again to continue"):
-                run_notebook(notebooks / "segmentation.ipynb", output_dir=tmp_path / "run", params={**params, "budget_minutes": 1e-9}, progress=False)
+                run_notebook(
+                    notebooks / "segmentation.ipynb",
+                    output_dir=tmp_path / "run",
+                    params={**params, "budget_minutes": 1e-9},
+                    progress=False,
+                )
             assert not (out / "rows.csv").exists()
-        run_notebook(notebooks / "segmentation.ipynb", output_dir=tmp_path / "run", params=params, progress=False)
+        run_notebook(
+            notebooks / "segmentation.ipynb", output_dir=tmp_path / "run", params=params, progress=False
+        )
     found, made = read_counts(out / "images.npz"), json.loads((out / "segmentation.json").read_text())
     assert found["counts"].shape == (2, 3, 9, 9) and found["stems"].tolist() == ["40000D", "40001N", "40002D"]
     assert (found["counts"].sum((2, 3)) == 64 * 80 - 64).all(), "every pixel once, but the ignored corner"
     rows = pd.read_csv(out / "rows.csv")
-    assert set(rows["kind"]) == {"all", "day", "night"} and set(rows["metric"]) == {*MFNET_CLASSES, "mIoU", "mAcc"} and set(rows["seed"]) == {0, 1}
+    assert (
+        set(rows["kind"]) == {"all", "day", "night"}
+        and set(rows["metric"]) == {*MFNET_CLASSES, "mIoU", "mAcc"}
+        and set(rows["seed"]) == {0, 1}
+    )
     of = rows[(rows["kind"] == "all") & (rows["seed"] == 1)].set_index("metric")["value"]
     assert of["mIoU"] == pytest.approx(scores(found["counts"][1].sum(0))["mIoU"])
-    assert made["initial"].startswith("random weights") and made["mIoU"] - made["constant"] == pytest.approx(made["margin"])
-    assert rows["conditions"].nunique() == 1 and set(rows["conditions"]) == set(pd.read_csv(tmp_path / "results/visible/rows.csv")["conditions"])
-    assert paired(tmp_path / "results/visible/images.npz", out / "images.npz", resamples=50)["n_seeds"].eq(2).all()
-    params = {"data": "", "set": "MFNet", "results": [str(tmp_path / "results/*")], "scenes": 2, "figures": str(tmp_path / "figures")}
+    assert made["initial"].startswith("random weights") and made["mIoU"] - made["constant"] == pytest.approx(
+        made["margin"]
+    )
+    assert rows["conditions"].nunique() == 1 and set(rows["conditions"]) == set(
+        pd.read_csv(tmp_path / "results/visible/rows.csv")["conditions"]
+    )
+    assert (
+        paired(tmp_path / "results/visible/images.npz", out / "images.npz", resamples=50)["n_seeds"]
+        .eq(2)
+        .all()
+    )
+    params = {
+        "data": "",
+        "set": "MFNet",
+        "results": [str(tmp_path / "results/*")],
+        "scenes": 2,
+        "figures": str(tmp_path / "figures"),
+    }
     run_notebook(notebooks / "figure5.ipynb", output_dir=tmp_path / "figure5", params=params, progress=False)
-    assert (tmp_path / "figures/figure5.svg").is_file() and json.loads((tmp_path / "figures/figure5.json").read_text())["inputs"] == ["stacked", "visible"]
+    assert (tmp_path / "figures/figure5.svg").is_file() and json.loads(
+        (tmp_path / "figures/figure5.json").read_text()
+    )["inputs"] == ["stacked", "visible"]
     pixels = np.array(Image.open(tmp_path / "figures/figure5.png").convert("RGB")).reshape(-1, 3)
     assert all((pixels == colour).all(1).any() for colour in (MISSED_COLOUR, WRONG_COLOUR))

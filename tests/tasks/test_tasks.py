@@ -18,13 +18,26 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run(name: str, folder: Path, **params) -> None:
     """Run an experiment notebook from the top of the repository."""
-    run_notebook(f"nbs/experiments/{name}.ipynb", output_dir=folder / "run", params=params, cwd=ROOT, progress=False)
+    run_notebook(
+        f"nbs/experiments/{name}.ipynb", output_dir=folder / "run", params=params, cwd=ROOT, progress=False
+    )
 
 
 def rows(task: str, input: str, seed: int, value: float) -> pd.DataFrame:
     """Made-up results of one input: every score is `value`."""
-    labels = {"task": task, "set": "streets", "input": input, "seed": seed, "kind": "all", "value": value, "low": value - 0.1, "high": value + 0.1,
-              "n_images": 12, "conditions": "c0ffee", "revision": "0123456789ab"}
+    labels = {
+        "task": task,
+        "set": "streets",
+        "input": input,
+        "seed": seed,
+        "kind": "all",
+        "value": value,
+        "low": value - 0.1,
+        "high": value + 0.1,
+        "n_images": 12,
+        "conditions": "c0ffee",
+        "revision": "0123456789ab",
+    }
     return pd.DataFrame([labels | {"metric": m} for m in PRINTED[task]])[list(TASK_COLUMNS)]
 
 
@@ -38,7 +51,9 @@ def test_streets(tmp_path):
         assert {p.stem for p in (test / part).iterdir()} == stems, part
 
 
-@pytest.mark.parametrize(("number", "task", "published"), [(2, "detection", "M3FD"), (3, "segmentation", "MFNet")])
+@pytest.mark.parametrize(
+    ("number", "task", "published"), [(2, "detection", "M3FD"), (3, "segmentation", "MFNet")]
+)
 def test_tables(tmp_path, number, task, published):
     """Published and measured values in one page, seeds with their spread, earlier revisions named."""
     for input, seed, value in (("ours", 0, 0.4), ("ours", 1, 0.6), ("visible", 0, 0.3), ("visible", 1, 0.3)):
@@ -46,21 +61,46 @@ def test_tables(tmp_path, number, task, published):
     run(f"table{number}", tmp_path, results=[str(tmp_path / "*.csv")], out=str(tmp_path / "out"))
     table = pd.read_csv(tmp_path / "out" / f"table{number}.csv")
     ours = table[(table["set"] == "streets") & (table["method"] == "ours")]
-    assert set(ours["metric"]) == set(PRINTED[task].values()) and (ours["measured"].round(6) == 0.5).all() and (ours["n_seeds"] == 2).all()
-    assert table.loc[table["set"] == published, "published"].notna().any() and table.loc[table["set"] == published, "measured"].isna().all()
+    assert (
+        set(ours["metric"]) == set(PRINTED[task].values())
+        and (ours["measured"].round(6) == 0.5).all()
+        and (ours["n_seeds"] == 2).all()
+    )
+    assert (
+        table.loc[table["set"] == published, "published"].notna().any()
+        and table.loc[table["set"] == published, "measured"].isna().all()
+    )
     page = (tmp_path / "out" / f"table{number}.html").read_text(encoding="utf-8")
     assert "0.5000" in page and "(2 seeds)" in page and "0123456789ab" in page and "12 test images" in page
 
 
 def test_downstream_shows_kept_differences(tmp_path):
     """Kept differences are drawn and put into words without computing anything."""
-    row = {"task": "detection", "input": "ours", "against": "visible", "kind": "all", "metric": "mAP", "a": 0.3, "b": 0.4, "difference": 0.1, "low": 0.02,
-           "high": 0.18, "spread": 0.03, "n_images": 25, "n_seeds": 2}
-    pd.DataFrame([row, row | {"task": "segmentation", "metric": "mIoU", "low": -0.1}])[list(DIFFERENCES)].to_csv(tmp_path / "kept.csv", index=False)
+    row = {
+        "task": "detection",
+        "input": "ours",
+        "against": "visible",
+        "kind": "all",
+        "metric": "mAP",
+        "a": 0.3,
+        "b": 0.4,
+        "difference": 0.1,
+        "low": 0.02,
+        "high": 0.18,
+        "spread": 0.03,
+        "n_images": 25,
+        "n_seeds": 2,
+    }
+    pd.DataFrame([row, row | {"task": "segmentation", "metric": "mIoU", "low": -0.1}])[
+        list(DIFFERENCES)
+    ].to_csv(tmp_path / "kept.csv", index=False)
     run("downstream", tmp_path, kept=str(tmp_path / "kept.csv"), out=str(tmp_path / "out"))
     page = (tmp_path / "out" / "differences.html").read_text(encoding="utf-8")
     assert "better than visible" in page and "not told apart from visible" in page
-    assert "<svg" in (tmp_path / "out" / "differences.svg").read_text(encoding="utf-8") and len(read_differences(tmp_path / "out" / "differences.csv")) == 2
+    assert (
+        "<svg" in (tmp_path / "out" / "differences.svg").read_text(encoding="utf-8")
+        and len(read_differences(tmp_path / "out" / "differences.csv")) == 2
+    )
 
 
 def test_missing_results_name_the_stage(tmp_path):
@@ -71,9 +111,16 @@ def test_missing_results_name_the_stage(tmp_path):
 
 def test_package_works_without_the_libraries_of_the_tasks():
     """Everything outside smfnet.tasks imports where transformers, MONAI and the COCO evaluator are absent."""
-    code = ("import sys\nfor name in ('transformers', 'monai', 'faster_coco_eval'): sys.modules[name] = None\n"
-            "import smfnet.cli, smfnet.pipeline, smfnet.report.claims, smfnet.report.tables, smfnet.tasks.results, smfnet.tasks.comparison, smfnet.tasks.loop\n")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    code = (
+        "import sys\nfor name in ('transformers', 'monai', 'faster_coco_eval'): sys.modules[name] = None\n"
+        "import smfnet.cli, smfnet.pipeline, smfnet.report.claims, smfnet.report.tables, smfnet.tasks.results, smfnet.tasks.comparison, smfnet.tasks.loop\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 

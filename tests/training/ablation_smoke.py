@@ -1,6 +1,6 @@
 """One configuration of the ablation at a very small size: the same function writes the committed result and recomputes it.
 
-    python tests/training/ablation_smoke.py            # writes results/demo/ablation_smoke.json
+python tests/training/ablation_smoke.py            # writes results/demo/ablation_smoke.json
 """
 
 import sys
@@ -10,13 +10,13 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from smfnet.training import trainer as training
-from smfnet.training.ablations import conditions, tidy, train_configuration
+from smfnet.core.provenance import provenance, write_json
 from smfnet.data.patches import load_pairs
+from smfnet.data.scenes import write_scenes
 from smfnet.fusion.files import fuse_folder, load_model
 from smfnet.metrics import evaluate_folder
-from smfnet.core.provenance import provenance, write_json
-from smfnet.data.scenes import write_scenes
+from smfnet.training import trainer as training
+from smfnet.training.ablations import conditions, tidy, train_configuration
 
 RESULT = Path(__file__).resolve().parents[2] / "results/demo/ablation_smoke.json"
 CONFIG, SEED, METRICS = "inn", 0, ("EN", "SD", "VIF", "SSIM", "Qabf")
@@ -29,11 +29,23 @@ def recompute(folder: Path) -> tuple[pd.Series, dict]:
     for i, part in enumerate(("train", "test")):
         write_scenes(folder / part, 2, seed=70 + i, size=SIZE)
     r = training.recipe("demo", **SETTINGS)
-    run = train_configuration(CONFIG, load_pairs(folder / "train", progress=False), folder / "run", seed=SEED, r=r, progress=False)
-    fuse_folder(ir=folder / "test", vis=folder / "test", out=folder / "fused", model=load_model(folder / "run/weights.safetensors", device="cpu"), progress=False)
-    table = evaluate_folder(fused=folder / "fused", ir=folder / "test/ir", vis=folder / "test/vi", progress=False)
+    run = train_configuration(
+        CONFIG, load_pairs(folder / "train", progress=False), folder / "run", seed=SEED, r=r, progress=False
+    )
+    fuse_folder(
+        ir=folder / "test",
+        vis=folder / "test",
+        out=folder / "fused",
+        model=load_model(folder / "run/weights.safetensors", device="cpu"),
+        progress=False,
+    )
+    table = evaluate_folder(
+        fused=folder / "fused", ir=folder / "test/ir", vis=folder / "test/vi", progress=False
+    )
     state = conditions(folder, preset="tiny", r=r, protocol="table1")
-    rows = tidy(table, config=CONFIG, seed=SEED, set="scenes", protocol="table1", conditions=state, revision="")
+    rows = tidy(
+        table, config=CONFIG, seed=SEED, set="scenes", protocol="table1", conditions=state, revision=""
+    )
     return rows.groupby("metric")["value"].mean()[list(METRICS)], {"steps": run.step, "conditions": state}
 
 
@@ -48,6 +60,22 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         values, made = recompute(Path(folder))
     other = alternative()
-    params = {"config": CONFIG, "settings": SETTINGS, "size": list(SIZE), "command": "python tests/training/ablation_smoke.py"}
-    write_json(RESULT, {"values": values.to_dict(), "other_kernels": other.to_dict(), **made, "provenance": provenance(params=params, seed=SEED)})
-    print(pd.DataFrame({"values": values, "other kernels": other, "relative": other / values - 1}), file=sys.stderr)
+    params = {
+        "config": CONFIG,
+        "settings": SETTINGS,
+        "size": list(SIZE),
+        "command": "python tests/training/ablation_smoke.py",
+    }
+    write_json(
+        RESULT,
+        {
+            "values": values.to_dict(),
+            "other_kernels": other.to_dict(),
+            **made,
+            "provenance": provenance(params=params, seed=SEED),
+        },
+    )
+    print(
+        pd.DataFrame({"values": values, "other kernels": other, "relative": other / values - 1}),
+        file=sys.stderr,
+    )

@@ -21,32 +21,40 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from smfnet.core.checks import InputError
+from smfnet.data.images import write_image
+from smfnet.data.patches import LoadedPair, PatchSet
+from smfnet.network.model import SMFNet
 from smfnet.training import checkpoints
 from smfnet.training import trainer as training
-from smfnet.core.checks import InputError
-from smfnet.data.patches import LoadedPair, PatchSet
-from smfnet.data.images import write_image
-from smfnet.network.model import SMFNet
 from smfnet.training.trainer import Trainer, TrainingError, recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 240  # seconds for one subprocess; it needs about 10
 STEPS = 24  # two stages of one epoch with 12 steps each
 QUICK = dict(patch=16, stride=8, batch=4, epochs=(1, 1))
-needs_accelerate = pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed (extra 'scale')")
+needs_accelerate = pytest.mark.skipif(
+    importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed (extra 'scale')"
+)
 needs_sigkill = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this platform has no SIGKILL")
 
 
 def noise_pairs() -> list[LoadedPair]:
     """Two pairs of noise: 48 patches of 16 pixels with stride 8, none of them flat."""
-    return [LoadedPair(f"noise{i}", *np.random.default_rng(i).random((2, 40, 56), np.float32)) for i in range(2)]
+    return [
+        LoadedPair(f"noise{i}", *np.random.default_rng(i).random((2, 40, 56), np.float32)) for i in range(2)
+    ]
 
 
-def trainer(folder: Path, *, model: SMFNet | None = None, pairs: list[LoadedPair] | None = None, **changes) -> Trainer:
+def trainer(
+    folder: Path, *, model: SMFNet | None = None, pairs: list[LoadedPair] | None = None, **changes
+) -> Trainer:
     """A trainer of the tiny network on noise, with weights from seed 0."""
     torch.manual_seed(0)
     data = PatchSet(pairs or noise_pairs(), patch=16, stride=8, seed=0)
-    return Trainer(model or SMFNet("tiny"), data, recipe("demo", **{**QUICK, **changes}), folder, checkpoint_every=3)
+    return Trainer(
+        model or SMFNet("tiny"), data, recipe("demo", **{**QUICK, **changes}), folder, checkpoint_every=3
+    )
 
 
 def records(folder: Path) -> list[dict]:
@@ -112,8 +120,15 @@ assert life.fit(progress=False)
 
 def live_once(folder: Path, where: str = "") -> subprocess.Popen:
     """Start one life of the program."""
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder), where, str(ROOT / "tests")], cwd=ROOT, stdin=subprocess.DEVNULL,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(folder), where, str(ROOT / "tests")],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 def lines(folder: Path) -> int:
@@ -125,7 +140,12 @@ def lines(folder: Path) -> int:
 @needs_sigkill
 def test_killed_at_the_worst_moments_ends_bit_identical(tmp_path, straight):
     """Four lives end by SIGKILL: in a checkpoint, in a line of the log, in a step, at the end of stage I; the fifth completes."""
-    for where in ("before the checkpoint's JSON", "inside a line of the log", "between gradient and step", "while weights are written"):
+    for where in (
+        "before the checkpoint's JSON",
+        "inside a line of the log",
+        "between gradient and step",
+        "while weights are written",
+    ):
         life = live_once(tmp_path, where)
         _, errors = life.communicate(timeout=LIMIT)
         assert life.returncode == -signal.SIGKILL, f"{where}: {errors[-2000:]}"
@@ -141,7 +161,8 @@ def test_killed_from_outside_ends_bit_identical(tmp_path, straight):
     """kill -9 by another process, twice, whenever some more steps are in the log: in stage I and in stage II."""
     for target in (7, 17):
         life, end = live_once(tmp_path), time.monotonic() + LIMIT
-        while lines(tmp_path) < target and life.poll() is None and time.monotonic() < end: time.sleep(0.005)
+        while lines(tmp_path) < target and life.poll() is None and time.monotonic() < end:
+            time.sleep(0.005)
         life.kill()
         _, errors = life.communicate(timeout=LIMIT)
         assert life.returncode == -signal.SIGKILL, errors[-2000:]
@@ -178,8 +199,11 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, Path.unlink, lambda p: p.write_bytes(p.read_bytes()[:100]), lambda p: p.write_bytes(b"")],
-                         ids=["bit", "gone", "short", "empty"])
+@pytest.mark.parametrize(
+    "damage",
+    [flip_a_bit, Path.unlink, lambda p: p.write_bytes(p.read_bytes()[:100]), lambda p: p.write_bytes(b"")],
+    ids=["bit", "gone", "short", "empty"],
+)
 @pytest.mark.parametrize("part", [".safetensors", ".json"])
 def test_damaged_last_checkpoint_falls_back_to_the_same_end(tmp_path, straight, part, damage):
     """The one before is used, the message says so, and the end is the same."""
@@ -219,8 +243,16 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path, straight, monkeypatch):
     monkeypatch.setattr(checkpoints, "save_file", until_full)
     with pytest.raises(InputError, match="the disk is full"):
         t.fit(progress=False)
-    assert [p.stem for p in checkpoints.list_checkpoints(tmp_path / "checkpoints")] == ["step-000000006", "step-000000003"]
-    assert sorted(p.suffix for p in (tmp_path / "checkpoints").iterdir()) == [".json", ".json", ".safetensors", ".safetensors"]
+    assert [p.stem for p in checkpoints.list_checkpoints(tmp_path / "checkpoints")] == [
+        "step-000000006",
+        "step-000000003",
+    ]
+    assert sorted(p.suffix for p in (tmp_path / "checkpoints").iterdir()) == [
+        ".json",
+        ".json",
+        ".safetensors",
+        ".safetensors",
+    ]
     monkeypatch.undo()
     again = trainer(tmp_path)
     assert again.resume() and again.progress.step == 6 and again.fit(progress=False)
@@ -253,10 +285,17 @@ def test_loss_that_is_not_finite_saves_the_batch(tmp_path):
         return type(t).train_step(t, batches)
 
     t.train_step = remember
-    with pytest.raises(TrainingError, match=r"loss is not finite \(terms: .*ssim_vis.*not-finite-step-\d.safetensors.*lower learning rate"):
+    with pytest.raises(
+        TrainingError,
+        match=r"loss is not finite \(terms: .*ssim_vis.*not-finite-step-\d.safetensors.*lower learning rate",
+    ):
         t.fit(progress=False)
     saved = load_file(next(tmp_path.glob("not-finite-step-*.safetensors")))
-    assert set(saved) == {"ir", "vis"} and saved["vis"].shape == (4, 1, 16, 16) and torch.isnan(saved["vis"]).any()
+    assert (
+        set(saved) == {"ir", "vis"}
+        and saved["vis"].shape == (4, 1, 16, 16)
+        and torch.isnan(saved["vis"]).any()
+    )
     weights = {k: v for k, v in t.model.named_parameters()}
     assert all(torch.equal(seen[-1][k], v) for k, v in weights.items())
 
@@ -273,7 +312,9 @@ def test_gradient_that_is_not_finite_stops_before_the_step(tmp_path, monkeypatch
     monkeypatch.setattr(training, "batch_loss", infinite_slope)
     with pytest.raises(TrainingError, match="gradient of encoder is not finite"):
         t.fit(progress=False)
-    assert list(tmp_path.glob("not-finite-step-0.safetensors")) and all(torch.isfinite(p).all() for p in t.model.parameters())
+    assert list(tmp_path.glob("not-finite-step-0.safetensors")) and all(
+        torch.isfinite(p).all() for p in t.model.parameters()
+    )
 
 
 # --- bad input -------------------------------------------------------------------------------------------------
@@ -289,7 +330,13 @@ def test_checkpoint_of_another_architecture(tmp_path):
     assert not other.resume(other="restart") and (tmp_path / "old-1" / "checkpoints").is_dir()
 
 
-@pytest.mark.parametrize(("changes", "message"), [({"lr": 0.5}, r"recipe \(lr 0.002 instead of 0.5\)"), ({"batch": 2}, r"recipe \(batch 4 instead of 2\)")])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 0.5}, r"recipe \(lr 0.002 instead of 0.5\)"),
+        ({"batch": 2}, r"recipe \(batch 4 instead of 2\)"),
+    ],
+)
 def test_checkpoint_of_another_recipe(tmp_path, changes, message):
     """The message names the setting."""
     stopped(tmp_path, after=4)
@@ -306,15 +353,31 @@ def test_checkpoint_of_other_data(tmp_path):
         trainer(tmp_path, pairs=pairs).resume()
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"learning_rate": 1e-3}, "learning_rate: no such setting"), ({"lr": "1e-3"}, "lr: '1e-3'; give a number above 0"),
-    ({"lr": -1.0}, "lr: -1.0"), ({"lr": float("nan")}, "lr: nan"), ({"batch": 0}, "batch: 0; give a whole number of 1 or more"),
-    ({"batch": 2.5}, "batch: 2.5"), ({"batch": True}, "batch: True"), ({"epochs": [1]}, "epochs"), ({"epochs": [1, 0]}, "epochs"),
-    ({"epochs": 3}, "epochs: 3"), ({"patch": 8}, "patch: 8; give a whole number of 16"), ({"clip": -1}, "clip: -1"), ({"amp": "fp16"}, "amp: 'fp16' is unknown"),
-    ({"loss": "papers"}, "loss: 'papers' is unknown; choose one of paper, released"), ({"reading": "edges"}, "reading: 'edges'"),
-    ({"compile": "yes"}, "compile: 'yes'; give true or false"), ({"weights": {"alpha9": 1}}, "alpha9"), ({"weights": [1]}, r"weights: \[1\]"),
-    ({"weights": {"alpha1": -1}}, "alpha1: -1"), ({"accumulate": 0}, "accumulate: 0"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 1e-3}, "learning_rate: no such setting"),
+        ({"lr": "1e-3"}, "lr: '1e-3'; give a number above 0"),
+        ({"lr": -1.0}, "lr: -1.0"),
+        ({"lr": float("nan")}, "lr: nan"),
+        ({"batch": 0}, "batch: 0; give a whole number of 1 or more"),
+        ({"batch": 2.5}, "batch: 2.5"),
+        ({"batch": True}, "batch: True"),
+        ({"epochs": [1]}, "epochs"),
+        ({"epochs": [1, 0]}, "epochs"),
+        ({"epochs": 3}, "epochs: 3"),
+        ({"patch": 8}, "patch: 8; give a whole number of 16"),
+        ({"clip": -1}, "clip: -1"),
+        ({"amp": "fp16"}, "amp: 'fp16' is unknown"),
+        ({"loss": "papers"}, "loss: 'papers' is unknown; choose one of paper, released"),
+        ({"reading": "edges"}, "reading: 'edges'"),
+        ({"compile": "yes"}, "compile: 'yes'; give true or false"),
+        ({"weights": {"alpha9": 1}}, "alpha9"),
+        ({"weights": [1]}, r"weights: \[1\]"),
+        ({"weights": {"alpha1": -1}}, "alpha1: -1"),
+        ({"accumulate": 0}, "accumulate: 0"),
+    ],
+)
 def test_unknown_or_bad_setting(changes, message):
     """Each names the setting, what was found and what would do."""
     with pytest.raises(InputError, match=message):
@@ -329,8 +392,13 @@ def test_unknown_recipe_and_preset():
         SMFNet("huge")
 
 
-@pytest.mark.parametrize(("changes", "message"), [({"batch": 49}, "batch: 49 pairs, but the data has only 48 patches; choose a smaller batch"),
-                                                  ({"batch": 20, "accumulate": 3}, "accumulate: 3 batches, but the data has only 48")])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch": 49}, "batch: 49 pairs, but the data has only 48 patches; choose a smaller batch"),
+        ({"batch": 20, "accumulate": 3}, "accumulate: 3 batches, but the data has only 48"),
+    ],
+)
 def test_batch_larger_than_data(tmp_path, changes, message):
     """Also when only the accumulated batches are more than there is: the epoch would silently be empty."""
     with pytest.raises(InputError, match=message):
@@ -339,16 +407,30 @@ def test_batch_larger_than_data(tmp_path, changes, message):
 
 def test_patch_larger_than_an_image():
     """The image is named."""
-    with pytest.raises(InputError, match="noise0: 56×40 is smaller than a 48×48 patch; choose a smaller patch"):
+    with pytest.raises(
+        InputError, match="noise0: 56×40 is smaller than a 48×48 patch; choose a smaller patch"
+    ):
         PatchSet(noise_pairs(), patch=48)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [({"device": "tpu"}, "device: 'tpu' is unknown"), ({"stages": (3,)}, r"stages: \(3,\)"),
-                                                    ({"sync_batchnorm": True}, "sync_batchnorm: works on GPUs only")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": "tpu"}, "device: 'tpu' is unknown"),
+        ({"stages": (3,)}, r"stages: \(3,\)"),
+        ({"sync_batchnorm": True}, "sync_batchnorm: works on GPUs only"),
+    ],
+)
 def test_bad_arguments_of_a_trainer(tmp_path, arguments, message):
     """Refused before anything is written."""
     with pytest.raises(InputError, match=message):
-        Trainer(SMFNet("tiny"), PatchSet(noise_pairs(), patch=16, stride=8), recipe("demo", **QUICK), tmp_path / "run", **arguments)
+        Trainer(
+            SMFNet("tiny"),
+            PatchSet(noise_pairs(), patch=16, stride=8),
+            recipe("demo", **QUICK),
+            tmp_path / "run",
+            **arguments,
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -356,7 +438,13 @@ def test_bad_arguments_of_a_trainer(tmp_path, arguments, message):
 def test_cuda_without_a_device(tmp_path):
     """The message says what to use."""
     with pytest.raises(InputError, match="finds no CUDA device; use 'cpu'"):
-        Trainer(SMFNet("tiny"), PatchSet(noise_pairs(), patch=16, stride=8), recipe("demo", **QUICK), tmp_path, device="cuda")
+        Trainer(
+            SMFNet("tiny"),
+            PatchSet(noise_pairs(), patch=16, stride=8),
+            recipe("demo", **QUICK),
+            tmp_path,
+            device="cuda",
+        )
 
 
 # --- options ---------------------------------------------------------------------------------------------------
@@ -367,7 +455,9 @@ def test_time_budget_and_accumulation_resume_exactly(tmp_path, monkeypatch):
     changes = dict(accumulate=2, batch=8)  # three steps a stage
     assert trainer(tmp_path / "straight", **changes).fit(progress=False)
     clock = iter(range(10**6))  # a second passes whenever somebody looks
-    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter))
+    monkeypatch.setattr(
+        training, "time", SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
+    )
     steps, done = [0], False
     while not done:
         t = trainer(tmp_path / "stopped", **changes)
@@ -405,10 +495,33 @@ def pair_folder(tmp_path_factory) -> Path:
 def torchrun(data: Path, out: Path, processes: int = 2) -> subprocess.Popen:
     """Start the training program with torchrun, in a process group of its own."""
     settings = [x for k, v in QUICK.items() for x in ("--set", f"{k}={json.dumps(v)}")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "smfnet.training.processes",
-               "--data", str(data), "--out", str(out), "--checkpoint-every", "3", *settings]
-    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+        "-m",
+        "smfnet.training.processes",
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--checkpoint-every",
+        "3",
+        *settings,
+    ]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 def finished(job: subprocess.Popen) -> str:
@@ -423,7 +536,9 @@ def finished(job: subprocess.Popen) -> str:
 
 
 @needs_accelerate
-@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finding torchrun's processes needs /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/cmdline").exists(), reason="finding torchrun's processes needs /proc"
+)
 def test_torchrun_killed_and_started_again_ends_bit_identical(tmp_path, pair_folder):
     """Two processes under torchrun: all killed by SIGKILL, started again, the run ends as the straight one does."""
     out = finished(torchrun(pair_folder, tmp_path / "straight"))
@@ -483,8 +598,14 @@ for stage in (1, 2):
     a, b = (torch.cat([g[k].flatten().double() for k in sorted(g)]) for g in (one, two))
     print(((a - b).norm() / a.norm()).item())
 """
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path), str(ROOT / "tests")], cwd=ROOT, capture_output=True, text=True,
-                          timeout=LIMIT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path), str(ROOT / "tests")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     differences = [float(x) for x in done.stdout.split()]
     assert len(differences) == 2 and max(differences) < 1e-6, differences
@@ -495,8 +616,14 @@ def test_bad_input_of_the_program(tmp_path, pair_folder, capsys):
     from smfnet.training.processes import main
 
     base = ["--data", str(pair_folder), "--out", str(tmp_path / "out"), "--set", "patch=16"]
-    for arguments, word in ((["--preset", "huge"], "huge"), (["--recipe", "papper"], "papper"), (["--set", "bach=3"], "bach"), (["--set", "batch=999"], "smaller batch"),
-                            (["--data", str(tmp_path)], str(tmp_path)), (["--init", str(tmp_path / "none.safetensors")], "none.safetensors")):
+    for arguments, word in (
+        (["--preset", "huge"], "huge"),
+        (["--recipe", "papper"], "papper"),
+        (["--set", "bach=3"], "bach"),
+        (["--set", "batch=999"], "smaller batch"),
+        (["--data", str(tmp_path)], str(tmp_path)),
+        (["--init", str(tmp_path / "none.safetensors")], "none.safetensors"),
+    ):
         assert main([*base, *arguments]) == 2
         assert word in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -523,7 +650,8 @@ def run_cells(*sources: str):
 
     class Client(nbclient.NotebookClient):
         def process_message(self, msg, cell, cell_index):
-            if msg["msg_type"] == "update_display_data": replaced.append(msg)
+            if msg["msg_type"] == "update_display_data":
+                replaced.append(msg)
             return super().process_message(msg, cell, cell_index)
 
     Client(notebook, timeout=LIMIT, kernel_name="python3", allow_errors=True).execute()
@@ -532,11 +660,16 @@ def run_cells(*sources: str):
 
 def test_live_picture_is_replaced_and_stays(tmp_path):
     """One picture, replaced in place from the training loop and from a thread, left there when the cell fails."""
-    sources = (WATCHED.replace("LOG", repr(str(tmp_path / "a.jsonl"))), FAILING.replace("LOG", repr(str(tmp_path / "a.jsonl"))),
-               FOLLOWING.replace("LOG", repr(str(tmp_path / "a.jsonl"))))
+    sources = (
+        WATCHED.replace("LOG", repr(str(tmp_path / "a.jsonl"))),
+        FAILING.replace("LOG", repr(str(tmp_path / "a.jsonl"))),
+        FOLLOWING.replace("LOG", repr(str(tmp_path / "a.jsonl"))),
+    )
     notebook, replaced = run_cells(*sources)
     failed, followed = notebook.cells[1].outputs, notebook.cells[2].outputs
-    assert [o["output_type"] for o in failed] == ["display_data", "error"] and "image/png" in failed[0]["data"]
+    assert [o["output_type"] for o in failed] == ["display_data", "error"] and "image/png" in failed[0][
+        "data"
+    ]
     pictures = [o for o in followed if "image/png" in o.get("data", {})]
     drawn = int("".join(o["text"] for o in followed if o["output_type"] == "stream"))
     assert len(pictures) == 1 and drawn >= 4 and replaced >= drawn
@@ -547,26 +680,43 @@ def test_live_picture_is_replaced_and_stays(tmp_path):
 def test_train_notebook_fails_continues_and_shows(tmp_path, processes):
     """The experiment notebook: a failed run leaves its executed copy; started again it continues, and its picture stays."""
     pytest.importorskip("papermill")
-    from smfnet.pipeline import NotebookFailure, run_notebook
     from smfnet.data.scenes import write_scenes
+    from smfnet.pipeline import NotebookFailure, run_notebook
 
     write_scenes(tmp_path / "scenes/train", 4, seed=0, size=(64, 96))
     write_scenes(tmp_path / "scenes/val", 1, seed=9, size=(64, 96))
-    params = dict(stage=1, data=str(tmp_path / "scenes"), out=str(tmp_path / "out"), processes=processes, settings={**QUICK, "patch": 32, "stride": 16, "epochs": [2, 1]})
+    params = dict(
+        stage=1,
+        data=str(tmp_path / "scenes"),
+        out=str(tmp_path / "out"),
+        processes=processes,
+        settings={**QUICK, "patch": 32, "stride": 16, "epochs": [2, 1]},
+    )
     notebook = ROOT / "nbs/experiments/train.ipynb"
     blocked = tmp_path / "out/pictures/stage1-001.png"
     blocked.mkdir(parents=True)  # the second validation cannot write its picture
     with pytest.raises(NotebookFailure, match="stage1-001.png: is a folder"):
         run_notebook(notebook, output_dir=tmp_path / "out", params=params, progress=False)
     failed = json.loads((tmp_path / "out/executed.ipynb").read_text())
-    assert [o["output_type"] for c in failed["cells"] for o in c.get("outputs", []) if o["output_type"] in ("display_data", "error")] == ["display_data", "error"]
-    first_epoch = [line for line in (tmp_path / "out/log.jsonl").read_text().splitlines() if '"epoch": 0' in line]
+    assert [
+        o["output_type"]
+        for c in failed["cells"]
+        for o in c.get("outputs", [])
+        if o["output_type"] in ("display_data", "error")
+    ] == ["display_data", "error"]
+    first_epoch = [
+        line for line in (tmp_path / "out/log.jsonl").read_text().splitlines() if '"epoch": 0' in line
+    ]
     blocked.rmdir()
-    executed = json.loads(run_notebook(notebook, output_dir=tmp_path / "out", params=params, progress=False).read_text())
+    executed = json.loads(
+        run_notebook(notebook, output_dir=tmp_path / "out", params=params, progress=False).read_text()
+    )
     outputs = [o for c in executed["cells"] for o in c.get("outputs", [])]
     assert any("complete" in "".join(o.get("text", "")) for o in outputs)
     assert sum("image/png" in o.get("data", {}) for o in outputs) == 2  # live curves, validation pairs
     log = (tmp_path / "out/log.jsonl").read_text().splitlines()
-    assert len(first_epoch) > 5 and log[:len(first_epoch)] == first_epoch  # measured speeds included: continued, not repeated
+    assert (
+        len(first_epoch) > 5 and log[: len(first_epoch)] == first_epoch
+    )  # measured speeds included: continued, not repeated
     steps = [json.loads(line)["step"] for line in log if '"kind": "step"' in line]
     assert steps == list(range(1, len(steps) + 1)) and (tmp_path / "out/weights.safetensors").exists()
