@@ -393,7 +393,8 @@ class Display:
         self.total, self.progress, self.every, self.loss = total, progress, every, math.nan
         off, before = None if show else True, min(progress.step, total)  # None: off without a terminal
         self.bar = tqdm(total=total, initial=before, desc="train", mininterval=1, disable=off)
-        self.lines, self.due = show and self.bar.disable, time.monotonic() + every
+        self.lines = show and self.bar.disable
+        self.due = time.monotonic() + every if self.lines else math.inf
 
     def step(self, loss: float) -> None:
         "Count a step."
@@ -404,9 +405,10 @@ class Display:
 
     def say(self) -> None:
         "Write a line where no bar is drawn."
+        if not self.lines: return
         p, self.due = self.progress, time.monotonic() + self.every
         text = f"train: stage {p.stage}, step {p.step} of {self.total}, loss {self.loss:.3f}"
-        if self.lines: print(text, file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
 
     def __enter__(self): return self
 

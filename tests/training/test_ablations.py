@@ -19,8 +19,8 @@ from smfnet.data.phantom import write_phantoms
 from smfnet.data.scenes import write_scenes
 from smfnet.network.model import SWITCHES, Config, SMFNet, configuration, read_header
 from smfnet.network.released import released_name
-from smfnet.training import trainer as training
 from smfnet.training.ablations import CONFIGURATIONS, build, conditions, read_rows
+from smfnet.training.recipes import recipe
 from smfnet.training.trainer import Trainer
 
 # --- the published network is as it was ------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def test_checkpoints_of_the_full_network_stay_valid(tmp_path):
         stride=16,
         min_contrast=0,
     )
-    r = training.recipe("demo", patch=16, stride=16, batch=2)
+    r = recipe("demo", patch=16, stride=16, batch=2)
     identity = {
         name: Trainer(build(name, r=r)[0], toy, r, tmp_path / name).identity["config"]
         for name in ("ours", "inn")
@@ -114,7 +114,7 @@ def test_no_epochs_of_stage_one_only_without_stage_one(tmp_path):
         stride=16,
         min_contrast=0,
     )
-    model, r, stages = build("one_stage", r=training.recipe("demo", patch=16, stride=16, batch=2))
+    model, r, stages = build("one_stage", r=recipe("demo", patch=16, stride=16, batch=2))
     assert stages == (2,) and Trainer(model, toy, r, tmp_path / "a", stages=stages).progress.stage == 2
     with pytest.raises(InputError, match="none of stage I"):
         Trainer(model, toy, r, tmp_path / "b")
@@ -139,7 +139,7 @@ def test_configurations_are_the_rows_of_table_5(published):
 
 def test_remarks_on_the_printed_table(published, root):
     """The numbers that the notebook names follow from the published values."""
-    notebook = json.loads((root / "nbs/05_training/05_ablations.ipynb").read_text(encoding="utf-8"))
+    notebook = json.loads((root / "nbs/05_training/06_ablations.ipynb").read_text(encoding="utf-8"))
     text = "".join("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "markdown")
     table = published.pivot(index="method", columns="metric", values="value")
     loss = table.loc["ours"] - table
@@ -163,10 +163,10 @@ def test_conditions_tell_recipes_and_data_apart(tmp_path):
     for part in ("train", "test"):
         write_phantoms(tmp_path / part, 1, size=(48, 48))
     state = lambda **k: conditions(
-        tmp_path, **{"preset": "tiny", "r": training.recipe("demo"), "protocol": "table1", **k}
+        tmp_path, **{"preset": "tiny", "r": recipe("demo"), "protocol": "table1", **k}
     )
     first = state()
-    others = [state(preset="paper"), state(protocol="toolbox"), state(r=training.recipe("demo", lr=1e-3))]
+    others = [state(preset="paper"), state(protocol="toolbox"), state(r=recipe("demo", lr=1e-3))]
     write_phantoms(tmp_path / "train", 1, seed=1, size=(48, 48))
     assert len({first, *others, state()}) == 5
     write_phantoms(tmp_path / "train", 1, size=(48, 48))
