@@ -25,7 +25,7 @@ SIZE = (80, 112)  # of the scenes, pixels
 
 
 def recompute(folder: Path) -> tuple[pd.Series, dict]:
-    """Mean of each metric over two test scenes, and what the result depends on: scenes, training, fusion, metrics."""
+    """Mean of each metric over two test scenes, with the number of steps and the conditions."""
     for i, part in enumerate(("train", "test")):
         write_scenes(folder / part, 2, seed=70 + i, size=SIZE)
     r = recipe("demo", **SETTINGS)
@@ -50,7 +50,7 @@ def recompute(folder: Path) -> tuple[pd.Series, dict]:
 
 
 def alternative() -> pd.Series:
-    """The same with other kernels for most convolutions: what another rounding of float32 does to the result."""
+    """The same with other kernels for most convolutions: what another rounding does to the result."""
     with tempfile.TemporaryDirectory() as folder, torch.backends.mkldnn.flags(enabled=False):
         return recompute(Path(folder))[0]
 

@@ -83,7 +83,7 @@ def straight(tmp_path_factory) -> Path:
     return folder
 
 
-# --- kill -9 ------------------------------------------------------------------------------------------------
+# --- kill -9 -----------------------------------------------------------------------------------------------
 
 # A training program; `where` names the moment at which it kills itself ("" never): SIGKILL runs no handler
 # and flushes nothing. A number instead: after so many records it waits to be killed from outside.
@@ -154,7 +154,7 @@ def lines(folder: Path) -> int:
 
 @needs_sigkill
 def test_killed_at_the_worst_moments_ends_bit_identical(tmp_path, straight):
-    """Four lives end by SIGKILL: in a checkpoint, a line of the log, a step, the weights; a fifth completes."""
+    """Four lives end by SIGKILL: in a checkpoint, the log, a step, the weights; a fifth completes."""
     for where in (
         "before the checkpoint's JSON",
         "inside a line of the log",
@@ -192,7 +192,7 @@ def test_killed_from_outside_ends_bit_identical(tmp_path, straight):
     same_end(tmp_path, straight)
 
 
-# --- damaged files ------------------------------------------------------------------------------------------
+# --- damaged files -----------------------------------------------------------------------------------------
 
 
 def stopped(folder: Path, after: int) -> Trainer:
@@ -288,7 +288,7 @@ def test_lost_log_lines_are_reported(tmp_path):
     assert t.log.read_bytes() == b""
 
 
-# --- numbers that are not finite ----------------------------------------------------------------------------
+# --- numbers that are not finite ---------------------------------------------------------------------------
 
 
 def test_loss_that_is_not_finite_saves_the_batch(tmp_path):
@@ -336,7 +336,7 @@ def test_gradient_that_is_not_finite_stops_before_the_step(tmp_path, monkeypatch
     )
 
 
-# --- bad input ----------------------------------------------------------------------------------------------
+# --- bad input ---------------------------------------------------------------------------------------------
 
 
 def test_checkpoint_of_another_architecture(tmp_path):
@@ -466,11 +466,11 @@ def test_cuda_without_a_device(tmp_path):
         )
 
 
-# --- options ------------------------------------------------------------------------------------------------
+# --- options -----------------------------------------------------------------------------------------------
 
 
 def test_time_budget_and_accumulation_resume_exactly(tmp_path, monkeypatch):
-    """A run that its budget stops every two steps equals the straight one when continued, with accumulation."""
+    """A run that its budget stops every two steps equals the straight one, with accumulation."""
     changes = dict(accumulate=2, batch=8)  # three steps a stage
     assert trainer(tmp_path / "straight", **changes).fit(progress=False)
     clock = iter(range(10**6))  # a second passes whenever somebody looks
@@ -497,7 +497,7 @@ def test_callback_changes_nothing(tmp_path, straight):
     same_end(tmp_path, straight)
 
 
-# --- more than one process ----------------------------------------------------------------------------------
+# --- more than one process ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -652,7 +652,7 @@ def test_bad_input_of_the_program(tmp_path, pair_folder, capsys):
     assert not (tmp_path / "out").exists()
 
 
-# --- live curves --------------------------------------------------------------------------------------------
+# --- live curves -------------------------------------------------------------------------------------------
 
 WATCHED = """
 import json, time
@@ -697,8 +697,8 @@ def run_cells(*sources: str):
 def test_live_picture_is_replaced_and_stays(tmp_path):
     """One picture, replaced in place from the loop and from a thread, left there when the cell fails.
 
-    Drawn are: one at the beginning, three by the thread, for which the cell waits however slow the machine is,
-    and one at the end; all but the first replace it. The failing cell replaces its picture at its end at least.
+    Drawn are: one at the beginning, three by the thread, for which the cell waits however slow the machine,
+    and one at the end; all but the first replace it. The failing cell replaces its picture once at least.
     """
     log = repr(str(tmp_path / "a.jsonl"))
     sources = (s.replace("LOG", log).replace("LIMIT", str(LIMIT / 2)) for s in (WATCHED, FAILING, FOLLOWING))
