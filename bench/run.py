@@ -101,7 +101,7 @@ def train_cell(name: str, size: str, repeats: int) -> dict:
 
     from bench.literal import LiteralTrainer
     from smfnet.losses.stages import stage2_loss
-    from smfnet.training.trainer import clip_gradients, make_optimiser, recipe
+    from smfnet.training.recipes import clip_gradients, make_optimiser, recipe
 
     model, pair = _models()[name].train(), _pair(*map(int, size.split("x")), batch=2)
     loss = lambda f: stage2_loss(f, **pair)[0]

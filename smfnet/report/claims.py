@@ -24,7 +24,7 @@ from ..network.model import PRESETS, read_header
 from ..core.provenance import atomic_path
 from .published import TABLES, claim_cells, claim_holds, describe_cells, read_rows
 from .tables import over_seeds
-from ..training.trainer import recipe
+from ..training.recipes import recipe
 
 # %% ../../nbs/09_report/06_claims.ipynb #14f1be72
 KINDS = ("rank", "ablation", "count", "qualitative")

@@ -10,9 +10,9 @@ from ..core.front_door import front_door
 
 # %% ../../nbs/05_training/00_training.ipynb #1e929bc1
 __getattr__, __dir__, __all__ = front_door(__name__, {
-    "Recipe": "trainer",
-    "RECIPES": "trainer",
-    "recipe": "trainer",
+    "Recipe": "recipes",
+    "RECIPES": "recipes",
+    "recipe": "recipes",
     "Trainer": "trainer",
     "TrainingError": "trainer",
     "train": "processes",

@@ -72,19 +72,21 @@ def _read_one(path: Path) -> tuple[dict[str, Tensor], dict]:
     return load_file(data), meta["state"]
 
 # %% ../../nbs/05_training/01_checkpoints.ipynb #66f6bd45
+_DAMAGE = (InputError, OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
+
 def load_checkpoint(
     folder: str | Path,  # where checkpoints of one run live
 ) -> tuple[dict[str, Tensor], dict] | None:  # tensors and state, or None if there is no checkpoint
-    "Read the newest sound checkpoint; damaged ones are skipped with a warning; `InputError` if all are damaged."
+    "Read the newest sound checkpoint; damaged ones are skipped with a warning; `InputError` if all are."
     damaged = []
     for path in list_checkpoints(folder):
         try: result = _read_one(path)
-        except (InputError, OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
-            damaged.append(f"{path.name} ({type(e).__name__}: {e})"); continue
+        except _DAMAGE as e:
+            damaged.append(f"{path.name} ({type(e).__name__}: {e})")
+            continue
         if damaged:
-            warnings.warn(
-                f"damaged checkpoint skipped: {'; '.join(damaged)}; continuing from {path.name}", stacklevel=2
-            )
+            text = f"damaged checkpoint skipped: {'; '.join(damaged)}; continuing from {path.name}"
+            warnings.warn(text, stacklevel=2)
         return result
     if damaged:
         raise InputError(

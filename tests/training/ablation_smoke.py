@@ -1,4 +1,4 @@
-"""One configuration of the ablation at a very small size: the same function writes the committed result and recomputes it.
+"""One small configuration of the ablation: the same function writes the committed result and recomputes it.
 
 python tests/training/ablation_smoke.py            # writes results/demo/ablation_smoke.json
 """
@@ -15,8 +15,8 @@ from smfnet.data.patches import load_pairs
 from smfnet.data.scenes import write_scenes
 from smfnet.fusion.files import fuse_folder, load_model
 from smfnet.metrics import evaluate_folder
-from smfnet.training import trainer as training
 from smfnet.training.ablations import conditions, tidy, train_configuration
+from smfnet.training.recipes import recipe
 
 RESULT = Path(__file__).resolve().parents[2] / "results/demo/ablation_smoke.json"
 CONFIG, SEED, METRICS = "inn", 0, ("EN", "SD", "VIF", "SSIM", "Qabf")
@@ -25,10 +25,10 @@ SIZE = (80, 112)  # of the scenes, pixels
 
 
 def recompute(folder: Path) -> tuple[pd.Series, dict]:
-    """Mean of each metric over two test scenes, and what the result depends on: scenes, training, fusion, metrics."""
+    """Mean of each metric over two test scenes, with the number of steps and the conditions."""
     for i, part in enumerate(("train", "test")):
         write_scenes(folder / part, 2, seed=70 + i, size=SIZE)
-    r = training.recipe("demo", **SETTINGS)
+    r = recipe("demo", **SETTINGS)
     run = train_configuration(
         CONFIG, load_pairs(folder / "train", progress=False), folder / "run", seed=SEED, r=r, progress=False
     )
@@ -50,7 +50,7 @@ def recompute(folder: Path) -> tuple[pd.Series, dict]:
 
 
 def alternative() -> pd.Series:
-    """The same with other kernels for most convolutions: what another rounding of float32 does to the result."""
+    """The same with other kernels for most convolutions: what another rounding does to the result."""
     with tempfile.TemporaryDirectory() as folder, torch.backends.mkldnn.flags(enabled=False):
         return recompute(Path(folder))[0]
 

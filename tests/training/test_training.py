@@ -1,13 +1,14 @@
-"""Training that survives: kills, damaged files, full disks, bad numbers, bad input; more than one process; live curves.
+"""Training that survives: kills, damage, full disks, bad numbers, bad input; several processes; live curves.
 
-Every kill here is a SIGKILL of a real process. What counts each time is the end: weights and log of the run that was
-started again must equal, to the last bit, those of a run that nothing happened to.
+Every kill here is a SIGKILL of a real process. What counts each time is the end: weights and log of the run
+that was started again must equal, to the last bit, those of a run that nothing happened to.
 """
 
 import errno
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,12 +25,15 @@ from safetensors.torch import load_file
 from smfnet.core.checks import InputError
 from smfnet.data.images import write_image
 from smfnet.data.patches import LoadedPair, PatchSet
+from smfnet.data.scenes import write_scenes
 from smfnet.network.model import SMFNet
 from smfnet.training import checkpoints
 from smfnet.training import trainer as training
-from smfnet.training.trainer import Trainer, TrainingError, recipe
+from smfnet.training.recipes import recipe
+from smfnet.training.trainer import Trainer, TrainingError
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 LIMIT = 240  # seconds for one subprocess; it needs about 10
 STEPS = 24  # two stages of one epoch with 12 steps each
 QUICK = dict(patch=16, stride=8, batch=4, epochs=(1, 1))
@@ -79,11 +83,12 @@ def straight(tmp_path_factory) -> Path:
     return folder
 
 
-# --- kill -9 ---------------------------------------------------------------------------------------------------
+# --- kill -9 -----------------------------------------------------------------------------------------------
 
-# A training program; `where` names the moment at which it kills itself ("" never): SIGKILL runs no handler, flushes nothing.
+# A training program; `where` names the moment at which it kills itself ("" never): SIGKILL runs no handler
+# and flushes nothing. A number instead: after so many records it waits to be killed from outside.
 PROGRAM = """
-import os, signal, sys
+import os, signal, sys, time
 sys.path.insert(0, sys.argv[3])
 import torch
 from smfnet.training import checkpoints
@@ -103,9 +108,19 @@ if where == "before the checkpoint's JSON":
 if where == "inside a line of the log":
     record = life.record
     def torn(**values):
-        with life.log.open("a") as f: f.write('{"kind": "st'); f.flush(); die(5); f.truncate(life.log.stat().st_size - 12)
+        with life.log.open("a") as f:
+            f.write('{"kind": "st')
+            f.flush()
+            die(5)
+            f.truncate(life.log.stat().st_size - 12)
         record(**values)
     life.record = torn
+if where.isdigit():
+    record = life.record
+    def waiting(**values):
+        record(**values)
+        if life.log.read_bytes().count(b"\\n") >= int(where): time.sleep(3600)
+    life.record = waiting
 if where == "between gradient and step":
     step = life.optimiser.step
     def killed(*args, **kwargs): die(4); return step(*args, **kwargs)
@@ -121,7 +136,7 @@ assert life.fit(progress=False)
 def live_once(folder: Path, where: str = "") -> subprocess.Popen:
     """Start one life of the program."""
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(folder), where, str(ROOT / "tests")],
+        [sys.executable, "-c", PROGRAM, str(folder), where, str(HERE)],
         cwd=ROOT,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -139,7 +154,7 @@ def lines(folder: Path) -> int:
 
 @needs_sigkill
 def test_killed_at_the_worst_moments_ends_bit_identical(tmp_path, straight):
-    """Four lives end by SIGKILL: in a checkpoint, in a line of the log, in a step, at the end of stage I; the fifth completes."""
+    """Four lives end by SIGKILL: in a checkpoint, the log, a step, the weights; a fifth completes."""
     for where in (
         "before the checkpoint's JSON",
         "inside a line of the log",
@@ -158,9 +173,13 @@ def test_killed_at_the_worst_moments_ends_bit_identical(tmp_path, straight):
 
 @needs_sigkill
 def test_killed_from_outside_ends_bit_identical(tmp_path, straight):
-    """kill -9 by another process, twice, whenever some more steps are in the log: in stage I and in stage II."""
+    """kill -9 by another process, twice, whenever some more steps are in the log: in stage I and in stage II.
+
+    The kill arrives somewhere between the target and four records later, where the program waits for it:
+    however slow this test is beside other work, the program is not finished by then.
+    """
     for target in (7, 17):
-        life, end = live_once(tmp_path), time.monotonic() + LIMIT
+        life, end = live_once(tmp_path, str(target + 4)), time.monotonic() + LIMIT
         while lines(tmp_path) < target and life.poll() is None and time.monotonic() < end:
             time.sleep(0.005)
         life.kill()
@@ -173,7 +192,7 @@ def test_killed_from_outside_ends_bit_identical(tmp_path, straight):
     same_end(tmp_path, straight)
 
 
-# --- damaged files ---------------------------------------------------------------------------------------------
+# --- damaged files -----------------------------------------------------------------------------------------
 
 
 def stopped(folder: Path, after: int) -> Trainer:
@@ -269,7 +288,7 @@ def test_lost_log_lines_are_reported(tmp_path):
     assert t.log.read_bytes() == b""
 
 
-# --- numbers that are not finite -------------------------------------------------------------------------------
+# --- numbers that are not finite ---------------------------------------------------------------------------
 
 
 def test_loss_that_is_not_finite_saves_the_batch(tmp_path):
@@ -317,7 +336,7 @@ def test_gradient_that_is_not_finite_stops_before_the_step(tmp_path, monkeypatch
     )
 
 
-# --- bad input -------------------------------------------------------------------------------------------------
+# --- bad input ---------------------------------------------------------------------------------------------
 
 
 def test_checkpoint_of_another_architecture(tmp_path):
@@ -447,11 +466,11 @@ def test_cuda_without_a_device(tmp_path):
         )
 
 
-# --- options ---------------------------------------------------------------------------------------------------
+# --- options -----------------------------------------------------------------------------------------------
 
 
 def test_time_budget_and_accumulation_resume_exactly(tmp_path, monkeypatch):
-    """A run that its budget stops every two steps, and that continues from there, equals the straight one, also with accumulation."""
+    """A run that its budget stops every two steps equals the straight one, with accumulation."""
     changes = dict(accumulate=2, batch=8)  # three steps a stage
     assert trainer(tmp_path / "straight", **changes).fit(progress=False)
     clock = iter(range(10**6))  # a second passes whenever somebody looks
@@ -478,7 +497,7 @@ def test_callback_changes_nothing(tmp_path, straight):
     same_end(tmp_path, straight)
 
 
-# --- more than one process -------------------------------------------------------------------------------------
+# --- more than one process ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -492,26 +511,12 @@ def pair_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def torchrun(data: Path, out: Path, processes: int = 2) -> subprocess.Popen:
-    """Start the training program with torchrun, in a process group of its own."""
+def torchrun(data: Path, out: Path, *options: str) -> subprocess.Popen:
+    """Start the training program with torchrun, two processes, in a process group of its own."""
     settings = [x for k, v in QUICK.items() for x in ("--set", f"{k}={json.dumps(v)}")]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-        "-m",
-        "smfnet.training.processes",
-        "--data",
-        str(data),
-        "--out",
-        str(out),
-        "--checkpoint-every",
-        "3",
-        *settings,
-    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    program = ["-m", "smfnet.training.processes", "--data", str(data), "--out", str(out), *options]
+    command = [*launcher, *program, "--checkpoint-every", "3", *settings]
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -540,24 +545,33 @@ def finished(job: subprocess.Popen) -> str:
     not Path("/proc/self/cmdline").exists(), reason="finding torchrun's processes needs /proc"
 )
 def test_torchrun_killed_and_started_again_ends_bit_identical(tmp_path, pair_folder):
-    """Two processes under torchrun: all killed by SIGKILL, started again, the run ends as the straight one does."""
+    """Two processes under torchrun: all killed, started again, the run ends as the straight one does."""
     out = finished(torchrun(pair_folder, tmp_path / "straight"))
     assert f"{STEPS} steps, complete" in out and out.count("complete") == 1
     job, end = torchrun(pair_folder, tmp_path / "killed"), time.monotonic() + LIMIT
-    while lines(tmp_path / "killed") < 8 and job.poll() is None and time.monotonic() < end:
+    while lines(tmp_path / "killed") < 4 and job.poll() is None and time.monotonic() < end:
         time.sleep(0.005)
     family = [job.pid, *workers_of(tmp_path / "killed")]
     for process in dict.fromkeys(family):
         os.kill(process, signal.SIGKILL)
     job.communicate(timeout=LIMIT)
     assert len(set(family)) == 3  # torchrun and its two workers
-    assert 8 <= lines(tmp_path / "killed") < STEPS
+    assert 4 <= lines(tmp_path / "killed") < STEPS, "20 steps were left when the kill was sent"
     assert "complete" in finished(torchrun(pair_folder, tmp_path / "killed"))
     same_end(tmp_path / "straight", tmp_path / "killed")
 
 
+@needs_accelerate
+def test_torchrun_stops_after_steps_and_by_time(tmp_path, pair_folder):
+    """Both processes stop together: after the steps that were asked for, or when the time of either is up."""
+    out = finished(torchrun(pair_folder, tmp_path, "--steps", "4"))
+    assert "4 steps, stopped as asked" in out and lines(tmp_path) == 4
+    out = finished(torchrun(pair_folder, tmp_path, "--minutes", "0"))
+    assert "4 steps, stopped by the time budget" in out and lines(tmp_path) == 4
+
+
 def workers_of(out: Path) -> list[int]:
-    """Processes that still name this test's own folder on their command line (workers have sessions of their own)."""
+    """Processes with this test's own folder on their command line (workers have sessions of their own)."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -571,35 +585,44 @@ def workers_of(out: Path) -> list[int]:
 
 @needs_accelerate
 def test_launched_processes_give_the_gradients_of_one(tmp_path):
-    """Gradients of both stages within 1e-6 of the norm; frozen BatchNorm, correlation per pair."""
+    """Gradients of both stages agree to rounding; frozen BatchNorm, correlation per pair.
+
+    In float32 sums over four pairs are formed in another order: 6e-7 of the gradient's norm where it was
+    measured. 1e-5 leaves room for other processors; a share counted twice or left out would change a tenth.
+    """
     program = """
 import sys; sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from smfnet.training.processes import join_team, launch
-from smfnet.training.trainer import Trainer, freeze_batchnorm, recipe
+from smfnet.training.recipes import freeze_batchnorm, recipe
+from smfnet.training.trainer import Trainer
 from smfnet.data.patches import PatchSet
 from smfnet.network.model import SMFNet
 from test_training import QUICK, noise_pairs
 folder, data = Path(sys.argv[1]), PatchSet(noise_pairs(), patch=16, stride=8, seed=0)
 r = recipe("demo", **QUICK, clip=0, freeze_bn=True)
 def step(stage):
-    torch.manual_seed(0); model = SMFNet("tiny").train(); freeze_batchnorm(model)
+    torch.manual_seed(0)
+    model = SMFNet("tiny").train()
+    freeze_batchnorm(model)
     t = Trainer(model, data, r, folder / "run", stages=(stage,), accelerator=join_team())
     values = t.train_step([next(data.batches(0, 4, share=(t.team.rank, t.team.size)))])
-    found = {k: p.grad for k, p in model.named_parameters() if p.grad is not None} | {"loss": torch.tensor([values["loss"]])}
+    found = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    found["loss"] = torch.tensor([values["loss"]])
     if t.team.main: save_file(found, folder / f"{stage}-{t.team.size}")
 for stage in (1, 2):
-    step(stage); launch(step, stage, processes=2)
+    step(stage)
+    launch(step, stage, processes=2)
     one, two = load_file(folder / f"{stage}-1"), load_file(folder / f"{stage}-2")
     assert one.keys() == two.keys()
-    assert abs(one.pop("loss") / two.pop("loss") - 1) < 1e-6
+    assert abs(one.pop("loss") / two.pop("loss") - 1) < 1e-5
     a, b = (torch.cat([g[k].flatten().double() for k in sorted(g)]) for g in (one, two))
     print(((a - b).norm() / a.norm()).item())
 """
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path), str(ROOT / "tests")],
+        [sys.executable, "-c", program, str(tmp_path), str(HERE)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -608,7 +631,7 @@ for stage in (1, 2):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     differences = [float(x) for x in done.stdout.split()]
-    assert len(differences) == 2 and max(differences) < 1e-6, differences
+    assert len(differences) == 2 and max(differences) < 1e-5, differences
 
 
 def test_bad_input_of_the_program(tmp_path, pair_folder, capsys):
@@ -629,17 +652,30 @@ def test_bad_input_of_the_program(tmp_path, pair_folder, capsys):
     assert not (tmp_path / "out").exists()
 
 
-# --- live curves -----------------------------------------------------------------------------------------------
+# --- live curves -------------------------------------------------------------------------------------------
 
 WATCHED = """
 import json, time
 from smfnet.training.live import LivePlot
 def write(first, last):
     for i in range(first, last):
-        with open(LOG, "a") as f: f.write(json.dumps({"kind": "step", "stage": 1, "epoch": 0, "step": i, "loss": 1 / i, "lr": 0.1}) + "\\n")
+        record = {"kind": "step", "stage": 1, "epoch": 0, "step": i, "loss": 1 / i, "lr": 0.1}
+        with open(LOG, "a") as f: f.write(json.dumps(record) + "\\n")
 """
-FAILING = "with LivePlot(LOG, every=0.1, share=1) as live:\n    write(1, 9); live(); raise ValueError('stopped here')"
-FOLLOWING = "with LivePlot(LOG, every=0.1, share=1) as live, live.following():\n    for i in range(3): write(10 * i + 1, 10 * i + 11); time.sleep(1.2)\nprint(live.drawn)"
+FAILING = """
+with LivePlot(LOG, every=0.1, share=1) as live:
+    write(1, 9)
+    live()
+    raise ValueError("stopped here")
+"""
+FOLLOWING = """
+with LivePlot(LOG, every=0.1, share=1) as live, live.following():
+    end = time.monotonic() + LIMIT
+    while live.drawn < 4 and time.monotonic() < end:
+        write(live.drawn, live.drawn + 1)
+        time.sleep(0.1)
+print(live.drawn)
+"""
 
 
 def run_cells(*sources: str):
@@ -659,64 +695,87 @@ def run_cells(*sources: str):
 
 
 def test_live_picture_is_replaced_and_stays(tmp_path):
-    """One picture, replaced in place from the training loop and from a thread, left there when the cell fails."""
-    sources = (
-        WATCHED.replace("LOG", repr(str(tmp_path / "a.jsonl"))),
-        FAILING.replace("LOG", repr(str(tmp_path / "a.jsonl"))),
-        FOLLOWING.replace("LOG", repr(str(tmp_path / "a.jsonl"))),
-    )
+    """One picture, replaced in place from the loop and from a thread, left there when the cell fails.
+
+    Drawn are: one at the beginning, three by the thread, for which the cell waits however slow the machine,
+    and one at the end; all but the first replace it. The failing cell replaces its picture once at least.
+    """
+    log = repr(str(tmp_path / "a.jsonl"))
+    sources = (s.replace("LOG", log).replace("LIMIT", str(LIMIT / 2)) for s in (WATCHED, FAILING, FOLLOWING))
     notebook, replaced = run_cells(*sources)
     failed, followed = notebook.cells[1].outputs, notebook.cells[2].outputs
-    assert [o["output_type"] for o in failed] == ["display_data", "error"] and "image/png" in failed[0][
-        "data"
-    ]
+    assert [o["output_type"] for o in failed] == ["display_data", "error"]
+    assert "image/png" in failed[0]["data"]
     pictures = [o for o in followed if "image/png" in o.get("data", {})]
     drawn = int("".join(o["text"] for o in followed if o["output_type"] == "stream"))
-    assert len(pictures) == 1 and drawn >= 4 and replaced >= drawn
+    assert len(pictures) == 1 and drawn >= 5 and replaced >= drawn
     assert pictures[0]["data"]["image/png"] != failed[0]["data"]["image/png"]
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=needs_accelerate)])
-def test_train_notebook_fails_continues_and_shows(tmp_path, processes):
-    """The experiment notebook: a failed run leaves its executed copy; started again it continues, and its picture stays."""
-    pytest.importorskip("papermill")
-    from smfnet.data.scenes import write_scenes
-    from smfnet.pipeline import NotebookFailure, run_notebook
+def run_train(folder: Path, **params) -> list[dict]:
+    """Execute the experiment notebook; the outputs of its cells. The executed copy is written in any case."""
+    papermill = pytest.importorskip("papermill")
+    folder.mkdir(parents=True, exist_ok=True)
+    done = papermill.execute_notebook(
+        ROOT / "nbs/experiments/train.ipynb",
+        folder / "executed.ipynb",
+        {"out": str(folder), **params},
+        kernel_name="python3",
+        progress_bar=False,
+    )
+    return [o for c in done["cells"] for o in c.get("outputs", [])]
 
-    write_scenes(tmp_path / "scenes/train", 4, seed=0, size=(64, 96))
-    write_scenes(tmp_path / "scenes/val", 1, seed=9, size=(64, 96))
-    params = dict(
-        stage=1,
-        data=str(tmp_path / "scenes"),
-        out=str(tmp_path / "out"),
-        processes=processes,
-        settings={**QUICK, "patch": 32, "stride": 16, "epochs": [2, 1]},
-    )
-    notebook = ROOT / "nbs/experiments/train.ipynb"
-    blocked = tmp_path / "out/pictures/stage1-001.png"
+
+@pytest.fixture(scope="module")
+def train_scenes(tmp_path_factory) -> Path:
+    """Four scenes to train on and one to validate."""
+    folder = tmp_path_factory.mktemp("scenes")
+    write_scenes(folder / "train", 4, seed=0, size=(64, 96))
+    write_scenes(folder / "val", 1, seed=9, size=(64, 96))
+    return folder
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=needs_accelerate)])
+def test_train_notebook_fails_continues_and_shows(tmp_path, train_scenes, processes):
+    """A failed run leaves its executed copy; started again it continues, and its picture stays."""
+    papermill = pytest.importorskip("papermill")
+    settings = {**QUICK, "patch": 32, "stride": 16, "epochs": [2, 1]}
+    params = {"stage": 1, "data": str(train_scenes), "processes": processes, "settings": settings}
+    blocked = tmp_path / "pictures/stage1-001.png"
     blocked.mkdir(parents=True)  # the second validation cannot write its picture
-    with pytest.raises(NotebookFailure, match="stage1-001.png: is a folder"):
-        run_notebook(notebook, output_dir=tmp_path / "out", params=params, progress=False)
-    failed = json.loads((tmp_path / "out/executed.ipynb").read_text())
-    assert [
-        o["output_type"]
-        for c in failed["cells"]
-        for o in c.get("outputs", [])
-        if o["output_type"] in ("display_data", "error")
-    ] == ["display_data", "error"]
-    first_epoch = [
-        line for line in (tmp_path / "out/log.jsonl").read_text().splitlines() if '"epoch": 0' in line
-    ]
+    with pytest.raises(papermill.PapermillExecutionError, match="stage1-001.png: is a folder"):
+        run_train(tmp_path, **params)
+    failed = json.loads((tmp_path / "executed.ipynb").read_text())
+    kinds = [o["output_type"] for c in failed["cells"] for o in c.get("outputs", [])]
+    assert [k for k in kinds if k in ("display_data", "error")][:2] == ["display_data", "error"]
+    log = (tmp_path / "log.jsonl").read_text().splitlines()
+    first_epoch = [line for line in log if '"epoch": 0' in line]
     blocked.rmdir()
-    executed = json.loads(
-        run_notebook(notebook, output_dir=tmp_path / "out", params=params, progress=False).read_text()
-    )
-    outputs = [o for c in executed["cells"] for o in c.get("outputs", [])]
+    outputs = run_train(tmp_path, **params)
     assert any("complete" in "".join(o.get("text", "")) for o in outputs)
     assert sum("image/png" in o.get("data", {}) for o in outputs) == 2  # live curves, validation pairs
-    log = (tmp_path / "out/log.jsonl").read_text().splitlines()
-    assert (
-        len(first_epoch) > 5 and log[: len(first_epoch)] == first_epoch
-    )  # measured speeds included: continued, not repeated
+    log = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert len(first_epoch) > 5
+    assert log[: len(first_epoch)] == first_epoch  # measured speeds included: continued, not repeated
     steps = [json.loads(line)["step"] for line in log if '"kind": "step"' in line]
-    assert steps == list(range(1, len(steps) + 1)) and (tmp_path / "out/weights.safetensors").exists()
+    assert steps == list(range(1, len(steps) + 1)) and (tmp_path / "weights.safetensors").exists()
+
+
+def test_train_notebook_is_determined_by_its_parameters(tmp_path, train_scenes):
+    """The same parameters give the same weights, byte for byte, also after a stop by the clock.
+
+    One machine, one thread: every sum is formed in the same order. Each run is a process of its own. Progress
+    is one line, as there is no terminal.
+    """
+    settings = {**QUICK, "patch": 32, "stride": 16, "epochs": [2, 1]}
+    params = {"stage": 1, "data": str(train_scenes), "steps": 7, "settings": settings}
+    outputs = run_train(tmp_path / "straight", **params)
+    text = "".join("".join(o["text"]) for o in outputs if o["output_type"] == "stream")
+    assert re.search(r"\b7 steps, .* stopped as asked", text)
+    assert text.count("train: stage 1, step 7 of 7, loss") == 1
+    outputs = run_train(tmp_path / "stopped", **params, budget_minutes=1e-9)
+    assert any("0 steps" in "".join(o.get("text", "")) for o in outputs)
+    run_train(tmp_path / "stopped", **params)
+    one, two = (tmp_path / name / "weights.safetensors" for name in ("straight", "stopped"))
+    assert one.read_bytes() == two.read_bytes()
+    assert [r["step"] for r in records(tmp_path / "stopped")] == list(range(1, 8))
