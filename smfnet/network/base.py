@@ -8,7 +8,7 @@ __all__ = ['BASES', 'transformer_pairs', 'ResidualGroup', 'StackedGroup', 'BaseB
 # %% ../../nbs/01_network/03_base.ipynb #8a08c115
 from torch import Tensor, nn
 
-from .attention import Pointwise, TransformerBlock
+from .attention import TransformerBlock
 from ..core.checks import InputError
 
 # %% ../../nbs/01_network/03_base.ipynb #4f1d614e
@@ -33,7 +33,7 @@ class ResidualGroup(nn.Module):
         self.blocks = transformer_pairs(dim, heads, depth)
         self.bottleneck = nn.Sequential(
             nn.Conv2d(dim, dim // 4, 3, padding=1), nn.LeakyReLU(0.2),
-            Pointwise(dim // 4, dim // 4), nn.LeakyReLU(0.2),
+            nn.Conv2d(dim // 4, dim // 4, 1), nn.LeakyReLU(0.2),
             nn.Conv2d(dim // 4, dim, 3, padding=1))
 
     def forward(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DILATIONS', 'EDGE_GATINGS', 'NodeEmbedding', 'CrossModalExchange', 'interleave', 'EdgeMessages', 'ConvGRU',
-           'ScaleReasoning', 'GraphReasoning']
+           'ScaleReasoning', 'side_by_side', 'GraphReasoning']
 
 # %% ../../nbs/01_network/04_graph.ipynb #250dc2d7
 import torch
@@ -12,9 +12,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .attention import Pointwise
 from ..core.checks import InputError
-from ..fast.pixelwise import pixelwise
 
 # %% ../../nbs/01_network/04_graph.ipynb #4d019321
 DILATIONS = (4, 8, 16)
@@ -50,8 +48,8 @@ class CrossModalExchange(nn.Module):
     ):
         super().__init__()
         self.rounds = rounds
-        self.to_vis = Pointwise(dim, 1, bias=False)
-        self.to_ir = Pointwise(dim, 1, bias=False)
+        self.to_vis = nn.Conv2d(dim, 1, 1, bias=False)
+        self.to_ir = nn.Conv2d(dim, 1, 1, bias=False)
 
     def forward(
         self,
@@ -127,8 +125,8 @@ class ConvGRU(nn.Module):
         dim: int,  # channels C of message and state
     ):
         super().__init__()
-        self.gates = Pointwise(2 * dim, 2 * dim)
-        self.candidate = Pointwise(2 * dim, dim)
+        self.gates = nn.Conv2d(2 * dim, 2 * dim, 1)
+        self.candidate = nn.Conv2d(2 * dim, dim, 1)
         for conv in (self.gates, self.candidate):
             nn.init.normal_(conv.weight, std=0.01)
             nn.init.zeros_(conv.bias)
@@ -167,7 +165,13 @@ class ScaleReasoning(nn.Module):
         return nodes
 
 # %% ../../nbs/01_network/04_graph.ipynb #a571c0d4
-def _merge(dim: int) -> nn.Sequential:
+def side_by_side(
+    nodes: Tensor,  # 3B×C×H×W
+) -> Tensor:  # B×3C×H×W
+    "The three nodes of a modality as channels of one map."
+    return torch.cat(nodes.chunk(3), 1)
+
+def _merge(dim: int) -> nn.Sequential:  # B×3C×H×W -> B×C×H×W
     return nn.Sequential(nn.Conv2d(3 * dim, dim, 3, padding=1, bias=False), nn.BatchNorm2d(dim), nn.ReLU())
 
 # %% ../../nbs/01_network/04_graph.ipynb #ec5d2082
@@ -183,7 +187,7 @@ class GraphReasoning(nn.Module):
         self.exchange = CrossModalExchange(dim)
         self.reason_ir, self.reason_vis = ScaleReasoning(dim, edge_gating), ScaleReasoning(dim, edge_gating)
         self.merge_ir, self.merge_vis = _merge(dim), _merge(dim)
-        self.join = Pointwise(2 * dim, dim)
+        self.join = nn.Conv2d(2 * dim, dim, 1)
 
     def forward(
         self,
@@ -192,16 +196,9 @@ class GraphReasoning(nn.Module):
         vis: Tensor,  # B×C×H×W, shallow visible features
     ) -> tuple[Tensor, Tensor]:  # graph features of `ir` and `vis`, B×C×H×W each, ≥ 0
         "Graph features of each modality."
-        parameters = [
-            p for part in (self.exchange, self.reason_ir, self.reason_vis) for p in part.parameters()
-        ]
-        ir, vis = pixelwise(self._reason, self.embed_ir(ir), self.embed_vis(vis), parameters=parameters)
-        return self.merge_ir(ir), self.merge_vis(vis)
-
-    def _reason(self, ir: Tensor, vis: Tensor) -> tuple[Tensor, ...]:
-        "Exchange and reason, pixel by pixel; then each modality's three nodes side by side, B×3C×H×W."
-        ir, vis = self.exchange(ir=ir, vis=vis)
-        return tuple(torch.cat(nodes.chunk(3), 1) for nodes in (self.reason_ir(ir), self.reason_vis(vis)))
+        ir, vis = self.exchange(ir=self.embed_ir(ir), vis=self.embed_vis(vis))
+        ir, vis = self.reason_ir(ir), self.reason_vis(vis)
+        return self.merge_ir(side_by_side(ir)), self.merge_vis(side_by_side(vis))
 
 # %% ../../nbs/01_network/04_graph.ipynb #0227f03e
 @patch

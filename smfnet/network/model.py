@@ -24,7 +24,6 @@ from .decoder import Decoder
 from .encoder import Encoder
 from .fusion_layers import fusion_layers
 from .graph import EDGE_GATINGS, GraphReasoning
-from ..fast.memory import keep_freed_memory
 from ..core.provenance import atomic_path
 
 # %% ../../nbs/01_network/08_model.ipynb #afb33adc
@@ -134,7 +133,6 @@ class SMFNet(nn.Module):
         **overrides,  # fields of `Config` to replace, e.g. edge_gating="channel_interleaved"
     ):
         super().__init__()
-        keep_freed_memory()  # see smfnet.fast.memory
         self.config = c = (
             replace(preset, **overrides) if isinstance(preset, Config) else configuration(preset, **overrides)
         )

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from .checkpoints import flatten_optimiser, load_checkpoint, restore_optimiser, save_checkpoint
 from ..core.checks import InputError
+from ..fast.training import prepare_for_training
 from ..data.patches import PatchSet
 from ..losses.semantic import READINGS
 from ..losses.stages import LossWeights, stage1_loss, stage2_loss
@@ -259,6 +260,7 @@ class Trainer:
             tuple(stages), checkpoint_every, next(model.parameters()).dtype,
         )
         self.validate, self.validate_every = validate, validate_every
+        prepare_for_training(model)
         if r.channels_last: model.to(memory_format=torch.channels_last)
         self.call = torch.compile(model) if r.compile else model
         self.optimiser, self.progress = self.new_optimiser(), Progress(stage=self.stages[0])
