@@ -72,6 +72,7 @@ def _processor() -> str:
 def environment() -> dict:  # plain values that go into JSON
     "Versions of the libraries that decide results, the platform, the processor and GPU (None without one)."
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    onednn = os.environ.get("ONEDNN_MAX_CPU_ISA", "default")
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -82,7 +83,7 @@ def environment() -> dict:  # plain values that go into JSON
         "cpu": _processor(),
         "cpu_count": processors,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "onednn": os.environ.get("ONEDNN_MAX_CPU_ISA", "default") if torch.backends.mkldnn.is_available() else None,
+        "onednn": onednn if torch.backends.mkldnn.is_available() else None,
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 

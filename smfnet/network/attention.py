@@ -124,7 +124,7 @@ class FeedForward(nn.Sequential):
 
 # %% ../../nbs/01_network/01_attention.ipynb #f8cd81ef
 class TransformerBlock(nn.Module):
-    "One transformer block, T1 (MDTA, LeFF) or T2 (dense attention, pointwise network); `ValueError` for another kind."
+    "A transformer block: T1 (MDTA, LeFF) or T2 (dense attention, pointwise network); else `ValueError`."
     def __init__(
         self,
         dim: int,  # channels C

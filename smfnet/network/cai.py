@@ -190,12 +190,12 @@ class InverseCoupling(nn.Module):
 DETAILS = ("cai", "inn")
 
 class CAI(nn.Module):
-    "The detail branch: GRDB, cross attention (eqs 1–4), affine coupling (eqs 5–6); `InputError` for an unknown kind."
+    "The detail branch: GRDB, cross attention (eqs 1–4), affine coupling (eqs 5–6)."
     def __init__(
         self,
         dim: int,  # channels C, even
         heads: int,  # heads of the cross attention; divides C/2
-        kind: str = "cai",  # "inn" leaves the cross attention out, as in a row of Table 5
+        kind: str = "cai",  # "inn" has no cross attention (a row of Table 5); `InputError` for another
     ):
         super().__init__()
         if kind not in DETAILS:

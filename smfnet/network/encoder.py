@@ -14,7 +14,7 @@ from .cai import CAI
 
 # %% ../../nbs/01_network/05_encoder.ipynb #f979db8d
 class Encoder(nn.Module):
-    "Shallow, base and detail features of luminance images (section 2.2); one set of weights for both modalities."
+    "Shallow, base and detail features of luminance images (section 2.2), the same for both modalities."
     def __init__(
         self,
         dim: int,  # channels C

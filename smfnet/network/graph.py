@@ -26,7 +26,7 @@ class NodeEmbedding(nn.Module):
         super().__init__()
         self.scales = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(dim, dim, 3, padding=d, dilation=d, bias=False), nn.BatchNorm2d(dim), nn.ReLU()
+                nn.Conv2d(dim, dim, 3, padding=d, dilation=d, bias=False), nn.BatchNorm2d(dim), nn.ReLU(),
             )
             for d in DILATIONS
         )
@@ -59,7 +59,8 @@ class CrossModalExchange(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # new `ir` and `vis` nodes, 3B×C×H×W each
         "Let each modality take what the gates admit."
         for _ in range(self.rounds):
-            to_ir, to_vis = torch.sigmoid(self.to_ir(vis - ir)), torch.sigmoid(self.to_vis(ir - vis))
+            to_ir = torch.sigmoid(self.to_ir(vis - ir))
+            to_vis = torch.sigmoid(self.to_vis(ir - vis))
             ir, vis = ir + vis * to_ir, vis + ir * to_vis
         return ir, vis
 
@@ -84,38 +85,42 @@ class EdgeMessages(nn.Module):
     ):
         super().__init__()
         if edge_gating not in EDGE_GATINGS:
-            raise InputError(
-                f"edge_gating: {edge_gating!r} is unknown; choose one of {', '.join(EDGE_GATINGS)}"
-            )
+            choices = ", ".join(EDGE_GATINGS)
+            raise InputError(f"edge_gating: {edge_gating!r} is unknown; choose one of {choices}")
         self.edge_gating = edge_gating
         self.weight = nn.Parameter(torch.empty(2, dim, 1, 1))
         nn.init.kaiming_uniform_(self.weight, a=5 ** 0.5)
-
-    def gates(
-        self,
-        node: Tensor,  # B×C×H×W
-        neighbours: tuple[Tensor, Tensor],  # two of B×C×H×W, ascending scale
-    ) -> list[Tensor]:  # two gates, B×1×H×W, in (0,1)
-        "The edge gates of a node: σ(w · (node − neighbour))."
-        return [
-            torch.sigmoid(torch.einsum("bchw,c->bhw", node - other, w[:, 0, 0])[:, None])
-            for w, other in zip(self.weight, neighbours)
-        ]
 
     def forward(
         self,
         nodes: Tensor,  # 3B×C×H×W
     ) -> Tensor:  # 3B×C×H×W, the message that arrives at each node
-        "Collect the gated messages of both neighbours, for all nodes at once."
-        messages, nodes = [], nodes.chunk(3)
-        for i, node in enumerate(nodes):
-            first, second = nodes[:i] + nodes[i + 1:]
-            g0, g1 = self.gates(node, (first, second))
-            slip = self.edge_gating == "channel_interleaved"
-            messages.append(
-                interleave(g0, g1, node.shape[1]) * (first + second) if slip else g0 * first + g1 * second
-            )
-        return torch.cat(messages)
+        "Collect the gated messages of both neighbours, for every node."
+        a, b, c = nodes.chunk(3)
+        return torch.cat([self.message(a, b, c), self.message(b, a, c), self.message(c, a, b)])
+
+# %% ../../nbs/01_network/04_graph.ipynb #20f26546
+@patch
+def gates(
+    self: EdgeMessages,
+    node: Tensor,  # B×C×H×W
+    neighbours: tuple[Tensor, Tensor],  # two of B×C×H×W, ascending scale
+) -> list[Tensor]:  # two gates, B×1×H×W, in (0,1)
+    "The edge gates of a node: σ(w · (node − neighbour))."
+    return [torch.sigmoid(F.conv2d(node - other, w[None])) for w, other in zip(self.weight, neighbours)]
+
+# %% ../../nbs/01_network/04_graph.ipynb #be0ef388
+@patch
+def message(
+    self: EdgeMessages,
+    node: Tensor,  # B×C×H×W
+    first: Tensor,  # B×C×H×W, the neighbour of smaller scale
+    second: Tensor,  # B×C×H×W, the other one
+) -> Tensor:  # B×C×H×W
+    "The gated sum of both neighbours."
+    g0, g1 = self.gates(node, (first, second))
+    if self.edge_gating == "neighbour": return g0 * first + g1 * second
+    return interleave(g0, g1, node.shape[1]) * (first + second)
 
 # %% ../../nbs/01_network/04_graph.ipynb #63fbffdc
 class ConvGRU(nn.Module):
@@ -161,7 +166,8 @@ class ScaleReasoning(nn.Module):
         nodes: Tensor,  # 3B×C×H×W
     ) -> Tensor:  # 3B×C×H×W
         "Reason: v ← v + γ·GRU(message, v), all nodes at once."
-        for _ in range(self.rounds): nodes = nodes + self.gamma * self.gru(self.messages(nodes), nodes)
+        for _ in range(self.rounds):
+            nodes = nodes + self.gamma * self.gru(self.messages(nodes), nodes)
         return nodes
 
 # %% ../../nbs/01_network/04_graph.ipynb #a571c0d4
@@ -176,7 +182,7 @@ def _merge(dim: int) -> nn.Sequential:  # B×3C×H×W -> B×C×H×W
 
 # %% ../../nbs/01_network/04_graph.ipynb #ec5d2082
 class GraphReasoning(nn.Module):
-    "Graph reasoning on the shallow features of both modalities (eqs 11–16); `InputError` for an unknown gating."
+    "Graph reasoning on the shallow features of both modalities (eqs 11–16)."
     def __init__(
         self,
         dim: int,  # channels C
