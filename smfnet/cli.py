@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 
 from . import __version__
+from .fast.memory import keep_freed_memory
 
 # %% ../nbs/cli.ipynb #b3d99d4d
 def _count(text: str) -> int:
@@ -312,6 +313,7 @@ def main(
 ) -> int:  # exit status: 0, 1, 2 or 130
     "Run the command line; bad input becomes one line on the error stream."
     args = build_parser().parse_args(argv)
+    if args.run in (run_fuse, run_video): keep_freed_memory()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings(

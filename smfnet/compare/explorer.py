@@ -14,7 +14,6 @@ from pathlib import Path
 import ipywidgets as w
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor, nn
@@ -60,9 +59,9 @@ def _matrix(module: nn.Module, x: Tensor) -> Tensor:
             module.q_local(module.q(own)).roll(x.shape[0], 0),
             module.kv_local(module.kv(own)).chunk(2, 1),
         )
-    elif isinstance(module, DenseMDTA): q, k, _ = F.conv2d(x, module.kernel(), padding=1).chunk(3, 1)
     else: q, k, _ = module.local(module.qkv(x)).chunk(3, 1)
-    return attention_matrix(q, k, module.temperature)
+    heads = attention_matrix(q, k, module.temperature)  # B×heads×c×c
+    return torch.stack([torch.block_diag(*blocks) for blocks in heads])
 
 # %% ../../nbs/10_compare/07_explorer.ipynb #3526f0b1
 @torch.no_grad()

@@ -33,12 +33,12 @@ def check_pair(
             raise InputError(f"{name}: expected a B×1×H×W tensor, found {found}; add batch and channel axes")
         if not x.is_floating_point():
             raise InputError(
-                f"{name}: expected floating point in [0, 1], found {x.dtype}; convert and divide by the maximum"
+                f"{name}: expected floating point in [0, 1], found {x.dtype}; "
+                "convert and divide by the maximum"
             )
         if min(x.shape[-2:]) < MIN_SIDE:
-            raise InputError(
-                f"{name}: {x.shape[-2]}×{x.shape[-1]} is too small; both sides need at least {MIN_SIDE} pixels"
-            )
+            size = f"{x.shape[-2]}×{x.shape[-1]}"
+            raise InputError(f"{name}: {size} is too small; both sides need at least {MIN_SIDE} pixels")
         if not torch.isfinite(x).all():
             raise InputError(f"{name}: contains NaN or infinite values; repair the image first")
         if x.min() < -1e-6 or x.max() > 1 + 1e-6:
@@ -114,7 +114,7 @@ def _check_gradients(module, inputs, generator):
 # %% ../../nbs/00_core/01_checks.ipynb #04637a4d
 def check_module(
     module: nn.Module,  # the module under test; left unchanged
-    inputs: Callable[[int, int, int, torch.Generator], tuple[Tensor, ...]],  # (B, H, W, generator) -> input tensors
+    inputs: Callable[..., tuple[Tensor, ...]],  # (B, H, W, generator) -> input tensors
     *,
     sizes: Sequence[tuple[int, int]] = ((16, 16), (17, 23), (31, 16)),  # (H, W), pixels
     atol: float = 1e-5,  # batch independence, absolute; float32 sums are reordered with the batch size
@@ -142,7 +142,7 @@ def toy_pair(
     *,
     seed: int = 0,  # of the texture
 ) -> dict[str, Tensor]:  # `vis` and `ir`, each 1×1×H×W, [0,1]
-    "Draw a tiny aligned pair: stripes that only `vis` sees, and a disk that is dark in `vis` and warm in `ir`."
+    "Draw a tiny aligned pair: stripes that only `vis` sees, a disk that is dark in `vis` and warm in `ir`."
     y, x = torch.meshgrid(torch.linspace(-1, 1, h), torch.linspace(-w / h, w / h, w), indexing="ij")
     noise = torch.rand(h, w, generator=torch.Generator().manual_seed(seed))
     disk = torch.sigmoid(40 * (0.4 - ((x - 0.3) ** 2 + y ** 2).sqrt()))

@@ -28,11 +28,8 @@ from .checks import InputError
 # %% ../../nbs/00_core/02_provenance.ipynb #481cd1a6
 def _sha256_file(path: Path) -> str:
     with path.open("rb") as f:
-        return (
-            hashlib.file_digest(f, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _sha256_blocks(f)
-        )
+        if not hasattr(hashlib, "file_digest"): return _sha256_blocks(f)
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../../nbs/00_core/02_provenance.ipynb #ef8b28c4
 def _sha256_blocks(f) -> str:
@@ -43,15 +40,14 @@ def _sha256_blocks(f) -> str:
 # %% ../../nbs/00_core/02_provenance.ipynb #ea97a153
 def _visible_files(folder: Path) -> list[Path]:
     found = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
-    return sorted(
-        (p for p in found if not any(part.startswith(".") for part in p.parts)), key=lambda p: p.as_posix()
-    )
+    shown = (p for p in found if not any(part.startswith(".") for part in p.parts))
+    return sorted(shown, key=lambda p: p.as_posix())
 
 # %% ../../nbs/00_core/02_provenance.ipynb #71f3f628
 def sha256(
     path: str | Path,  # a file, or a folder
 ) -> str:  # 64 hexadecimal digits
-    "Checksum of a file's bytes, or of a folder's sorted listing of checksums and relative paths; `InputError` if absent."
+    "Checksum of a file, or of a folder's sorted listing of checksums and paths; `InputError` if absent."
     path = Path(path)
     if path.is_file(): return _sha256_file(path)
     if not path.is_dir():
@@ -76,6 +72,7 @@ def _processor() -> str:
 def environment() -> dict:  # plain values that go into JSON
     "Versions of the libraries that decide results, the platform, the processor and GPU (None without one)."
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    onednn = os.environ.get("ONEDNN_MAX_CPU_ISA", "default")
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -86,7 +83,7 @@ def environment() -> dict:  # plain values that go into JSON
         "cpu": _processor(),
         "cpu_count": processors,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "onednn": os.environ.get("ONEDNN_MAX_CPU_ISA", "default") if torch.backends.mkldnn.is_available() else None,
+        "onednn": onednn if torch.backends.mkldnn.is_available() else None,
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
@@ -103,7 +100,7 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 # %% ../../nbs/00_core/02_provenance.ipynb #ef1253db
 def git_revision(
-    root: str | Path | None = None,  # folder inside a repository; by default the repository that tracks this package
+    root: str | Path | None = None,  # folder in a repository; by default the one that tracks this package
 ) -> dict:  # revision: str | None, dirty: bool | None
     "The commit of a repository and whether its files differ from it; both None when that cannot be known."
     unknown = {"revision": None, "dirty": None}
@@ -121,8 +118,8 @@ _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try: os.fsync(handle)
-    except OSError as e:  # some file systems cannot flush a folder; a full disk still counts
-        if e.errno in _FULL:
+    except OSError as e:
+        if e.errno in _FULL:  # some file systems cannot flush a folder; a full disk still counts
             raise
     finally: os.close(handle)
 
@@ -131,15 +128,13 @@ def _reserve(target: Path) -> Path:
     if target.is_dir():
         raise InputError(f"{target}: is a folder; give the name of a file")
     temporary = target.parent / f".tmp-{uuid.uuid4().hex}{target.suffix}"
+    new_file = os.O_CREAT | os.O_EXCL | os.O_WRONLY
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.close(
-            os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        )  # the process's usual permissions
+        os.close(os.open(temporary, new_file, 0o666))  # the process's usual permissions
     except OSError as e:
-        raise InputError(
-            f"{target.parent}: cannot write there ({e.strerror}); choose another output folder"
-        ) from e
+        reason = f"cannot write there ({e.strerror}); choose another output folder"
+        raise InputError(f"{target.parent}: {reason}") from e
     return temporary
 
 # %% ../../nbs/00_core/02_provenance.ipynb #b2f8c02b
@@ -185,9 +180,9 @@ def _plain(value):
 
 # %% ../../nbs/00_core/02_provenance.ipynb #9a0dc8b3
 def _not_finite(obj, where: str = "") -> str | None:
-    if isinstance(obj, dict): pairs = obj.items()
-    elif isinstance(obj, list): pairs = enumerate(obj)
-    else: return where if isinstance(obj, float) and not math.isfinite(obj) else None
+    if not isinstance(obj, dict | list):
+        return where if isinstance(obj, float) and not math.isfinite(obj) else None
+    pairs = obj.items() if isinstance(obj, dict) else enumerate(obj)
     return next((found for key, value in pairs if (found := _not_finite(value, f"{where}/{key}"))), None)
 
 # %% ../../nbs/00_core/02_provenance.ipynb #8123cc2e
@@ -213,14 +208,13 @@ def provenance(
     inputs: Iterable[str | Path] = (),  # files and folders that it read
     seed: int | None = None,  # of the random numbers that it drew
 ) -> dict:  # plain values that go into JSON
-    "What made a result: UTC time, revision, environment, notebook, parameters, checksums of the inputs, seed."
+    "What made a result: UTC time, revision, environment, notebook, parameters, checksums of inputs, seed."
+    source = notebook and {"path": Path(notebook).as_posix(), "sha256": sha256(notebook)}
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "git": git_revision(),
         "environment": environment(),
-        "notebook": None
-        if notebook is None
-        else {"path": Path(notebook).as_posix(), "sha256": sha256(notebook)},
+        "notebook": source or None,
         "params": dict(params or {}),
         "inputs": {Path(p).as_posix(): sha256(p) for p in inputs},
         "seed": seed,

@@ -103,13 +103,13 @@ def pixelwise(
     f: Callable[..., Tensor | tuple[Tensor, ...]],  # B×C×H×W maps -> B×C'×H×W maps, every pixel by itself
     *inputs: Tensor,  # B×C×H×W, of equal height
     parameters: Sequence[Tensor] = (),  # further tensors that f uses; all must take part in its result
-    strip_bytes: int = STRIP_BYTES,  # of the inputs in one strip
+    strip_bytes: int | None = None,  # of the inputs in one strip; None: `STRIP_BYTES`
 ) -> tuple[Tensor, ...]:  # what f gives for the whole maps
     "f(*inputs), on CPUs strip by strip, with gradients to inputs and parameters; once differentiable."
     device = inputs[0].device.type
     if device != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
         return _as_tuple(f(*inputs))
-    rows = _rows(inputs, strip_bytes)
+    rows = _rows(inputs, strip_bytes or STRIP_BYTES)
     if rows >= inputs[0].shape[2]: return _as_tuple(f(*inputs))
     if _choice["recompute"]:
         return _Recomputed.apply(f, rows, len(inputs), *inputs, *(p for p in parameters if p.requires_grad))

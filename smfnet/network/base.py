@@ -8,7 +8,7 @@ __all__ = ['BASES', 'transformer_pairs', 'ResidualGroup', 'StackedGroup', 'BaseB
 # %% ../../nbs/01_network/03_base.ipynb #8a08c115
 from torch import Tensor, nn
 
-from .attention import Pointwise, TransformerBlock
+from .attention import TransformerBlock
 from ..core.checks import InputError
 
 # %% ../../nbs/01_network/03_base.ipynb #4f1d614e
@@ -33,8 +33,9 @@ class ResidualGroup(nn.Module):
         self.blocks = transformer_pairs(dim, heads, depth)
         self.bottleneck = nn.Sequential(
             nn.Conv2d(dim, dim // 4, 3, padding=1), nn.LeakyReLU(0.2),
-            Pointwise(dim // 4, dim // 4), nn.LeakyReLU(0.2),
-            nn.Conv2d(dim // 4, dim, 3, padding=1))
+            nn.Conv2d(dim // 4, dim // 4, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(dim // 4, dim, 3, padding=1),
+        )
 
     def forward(
         self,
@@ -66,14 +67,14 @@ class StackedGroup(nn.Module):
 BASES = {"residual": ResidualGroup, "stacked": StackedGroup}
 
 class BaseBranch(nn.Module):
-    "The base branch: a 3×3 convolution and groups of transformer blocks (eqs 9–10); `InputError` for an unknown kind."
+    "The base branch: a 3×3 convolution and groups of transformer blocks (eqs 9–10)."
     def __init__(
         self,
         dim: int,  # channels C
         heads: int,  # attention heads; divides `dim`
         groups: int,  # residual groups
         depth: int,  # (T1, T2) pairs in a group
-        kind: str = "residual",  # "residual", or "stacked" as in a row of Table 5
+        kind: str = "residual",  # or "stacked" as in a row of Table 5; `InputError` for another
     ):
         super().__init__()
         if kind not in BASES:

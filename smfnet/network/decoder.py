@@ -23,7 +23,8 @@ class Decoder(nn.Module):
         self.convs = nn.Sequential(
             nn.Conv2d(dim, dim // 2, 3, padding=1, bias=False), nn.LeakyReLU(0.01),
             nn.Conv2d(dim // 2, dim // 4, 3, padding=1, bias=False), nn.LeakyReLU(0.01),
-            nn.Conv2d(dim // 4, 1, 3, padding=1, bias=False), nn.Sigmoid())
+            nn.Conv2d(dim // 4, 1, 3, padding=1, bias=False), nn.Sigmoid(),
+        )
 
     def forward(
         self,

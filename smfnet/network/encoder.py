@@ -6,7 +6,6 @@
 __all__ = ['Encoder']
 
 # %% ../../nbs/01_network/05_encoder.ipynb #b0ddc8bc
-import torch
 from torch import Tensor, nn
 
 from .attention import TransformerBlock
@@ -15,7 +14,7 @@ from .cai import CAI
 
 # %% ../../nbs/01_network/05_encoder.ipynb #f979db8d
 class Encoder(nn.Module):
-    "Shallow, base and detail features of luminance images (section 2.2); one set of weights for both modalities."
+    "Shallow, base and detail features of luminance images (section 2.2), the same for both modalities."
     def __init__(
         self,
         dim: int,  # channels C
@@ -37,5 +36,5 @@ class Encoder(nn.Module):
         image: Tensor,  # B×1×H×W, [0,1]
     ) -> tuple[Tensor, Tensor, Tensor]:  # `shallow`, `base`, `detail`, each B×C×H×W
         "Encode luminance images."
-        shallow = self.shallow(self.embed(image).contiguous(memory_format=torch.channels_last))
+        shallow = self.shallow(self.embed(image))
         return shallow, self.base(shallow), self.detail(shallow)

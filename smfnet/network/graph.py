@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DILATIONS', 'EDGE_GATINGS', 'NodeEmbedding', 'CrossModalExchange', 'interleave', 'EdgeMessages', 'ConvGRU',
-           'ScaleReasoning', 'GraphReasoning']
+           'ScaleReasoning', 'side_by_side', 'GraphReasoning']
 
 # %% ../../nbs/01_network/04_graph.ipynb #250dc2d7
 import torch
@@ -12,9 +12,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .attention import Pointwise
 from ..core.checks import InputError
-from ..fast.pixelwise import pixelwise
 
 # %% ../../nbs/01_network/04_graph.ipynb #4d019321
 DILATIONS = (4, 8, 16)
@@ -28,7 +26,7 @@ class NodeEmbedding(nn.Module):
         super().__init__()
         self.scales = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(dim, dim, 3, padding=d, dilation=d, bias=False), nn.BatchNorm2d(dim), nn.ReLU()
+                nn.Conv2d(dim, dim, 3, padding=d, dilation=d, bias=False), nn.BatchNorm2d(dim), nn.ReLU(),
             )
             for d in DILATIONS
         )
@@ -50,8 +48,8 @@ class CrossModalExchange(nn.Module):
     ):
         super().__init__()
         self.rounds = rounds
-        self.to_vis = Pointwise(dim, 1, bias=False)
-        self.to_ir = Pointwise(dim, 1, bias=False)
+        self.to_vis = nn.Conv2d(dim, 1, 1, bias=False)
+        self.to_ir = nn.Conv2d(dim, 1, 1, bias=False)
 
     def forward(
         self,
@@ -61,7 +59,8 @@ class CrossModalExchange(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # new `ir` and `vis` nodes, 3B×C×H×W each
         "Let each modality take what the gates admit."
         for _ in range(self.rounds):
-            to_ir, to_vis = torch.sigmoid(self.to_ir(vis - ir)), torch.sigmoid(self.to_vis(ir - vis))
+            to_ir = torch.sigmoid(self.to_ir(vis - ir))
+            to_vis = torch.sigmoid(self.to_vis(ir - vis))
             ir, vis = ir + vis * to_ir, vis + ir * to_vis
         return ir, vis
 
@@ -86,38 +85,42 @@ class EdgeMessages(nn.Module):
     ):
         super().__init__()
         if edge_gating not in EDGE_GATINGS:
-            raise InputError(
-                f"edge_gating: {edge_gating!r} is unknown; choose one of {', '.join(EDGE_GATINGS)}"
-            )
+            choices = ", ".join(EDGE_GATINGS)
+            raise InputError(f"edge_gating: {edge_gating!r} is unknown; choose one of {choices}")
         self.edge_gating = edge_gating
         self.weight = nn.Parameter(torch.empty(2, dim, 1, 1))
         nn.init.kaiming_uniform_(self.weight, a=5 ** 0.5)
-
-    def gates(
-        self,
-        node: Tensor,  # B×C×H×W
-        neighbours: tuple[Tensor, Tensor],  # two of B×C×H×W, ascending scale
-    ) -> list[Tensor]:  # two gates, B×1×H×W, in (0,1)
-        "The edge gates of a node: σ(w · (node − neighbour))."
-        return [
-            torch.sigmoid(torch.einsum("bchw,c->bhw", node - other, w[:, 0, 0])[:, None])
-            for w, other in zip(self.weight, neighbours)
-        ]
 
     def forward(
         self,
         nodes: Tensor,  # 3B×C×H×W
     ) -> Tensor:  # 3B×C×H×W, the message that arrives at each node
-        "Collect the gated messages of both neighbours, for all nodes at once."
-        messages, nodes = [], nodes.chunk(3)
-        for i, node in enumerate(nodes):
-            first, second = nodes[:i] + nodes[i + 1:]
-            g0, g1 = self.gates(node, (first, second))
-            slip = self.edge_gating == "channel_interleaved"
-            messages.append(
-                interleave(g0, g1, node.shape[1]) * (first + second) if slip else g0 * first + g1 * second
-            )
-        return torch.cat(messages)
+        "Collect the gated messages of both neighbours, for every node."
+        a, b, c = nodes.chunk(3)
+        return torch.cat([self.message(a, b, c), self.message(b, a, c), self.message(c, a, b)])
+
+# %% ../../nbs/01_network/04_graph.ipynb #20f26546
+@patch
+def gates(
+    self: EdgeMessages,
+    node: Tensor,  # B×C×H×W
+    neighbours: tuple[Tensor, Tensor],  # two of B×C×H×W, ascending scale
+) -> list[Tensor]:  # two gates, B×1×H×W, in (0,1)
+    "The edge gates of a node: σ(w · (node − neighbour))."
+    return [torch.sigmoid(F.conv2d(node - other, w[None])) for w, other in zip(self.weight, neighbours)]
+
+# %% ../../nbs/01_network/04_graph.ipynb #be0ef388
+@patch
+def message(
+    self: EdgeMessages,
+    node: Tensor,  # B×C×H×W
+    first: Tensor,  # B×C×H×W, the neighbour of smaller scale
+    second: Tensor,  # B×C×H×W, the other one
+) -> Tensor:  # B×C×H×W
+    "The gated sum of both neighbours."
+    g0, g1 = self.gates(node, (first, second))
+    if self.edge_gating == "neighbour": return g0 * first + g1 * second
+    return interleave(g0, g1, node.shape[1]) * (first + second)
 
 # %% ../../nbs/01_network/04_graph.ipynb #63fbffdc
 class ConvGRU(nn.Module):
@@ -127,8 +130,8 @@ class ConvGRU(nn.Module):
         dim: int,  # channels C of message and state
     ):
         super().__init__()
-        self.gates = Pointwise(2 * dim, 2 * dim)
-        self.candidate = Pointwise(2 * dim, dim)
+        self.gates = nn.Conv2d(2 * dim, 2 * dim, 1)
+        self.candidate = nn.Conv2d(2 * dim, dim, 1)
         for conv in (self.gates, self.candidate):
             nn.init.normal_(conv.weight, std=0.01)
             nn.init.zeros_(conv.bias)
@@ -163,16 +166,23 @@ class ScaleReasoning(nn.Module):
         nodes: Tensor,  # 3B×C×H×W
     ) -> Tensor:  # 3B×C×H×W
         "Reason: v ← v + γ·GRU(message, v), all nodes at once."
-        for _ in range(self.rounds): nodes = nodes + self.gamma * self.gru(self.messages(nodes), nodes)
+        for _ in range(self.rounds):
+            nodes = nodes + self.gamma * self.gru(self.messages(nodes), nodes)
         return nodes
 
 # %% ../../nbs/01_network/04_graph.ipynb #a571c0d4
-def _merge(dim: int) -> nn.Sequential:
+def side_by_side(
+    nodes: Tensor,  # 3B×C×H×W
+) -> Tensor:  # B×3C×H×W
+    "The three nodes of a modality as channels of one map."
+    return torch.cat(nodes.chunk(3), 1)
+
+def _merge(dim: int) -> nn.Sequential:  # B×3C×H×W -> B×C×H×W
     return nn.Sequential(nn.Conv2d(3 * dim, dim, 3, padding=1, bias=False), nn.BatchNorm2d(dim), nn.ReLU())
 
 # %% ../../nbs/01_network/04_graph.ipynb #ec5d2082
 class GraphReasoning(nn.Module):
-    "Graph reasoning on the shallow features of both modalities (eqs 11–16); `InputError` for an unknown gating."
+    "Graph reasoning on the shallow features of both modalities (eqs 11–16)."
     def __init__(
         self,
         dim: int,  # channels C
@@ -183,7 +193,7 @@ class GraphReasoning(nn.Module):
         self.exchange = CrossModalExchange(dim)
         self.reason_ir, self.reason_vis = ScaleReasoning(dim, edge_gating), ScaleReasoning(dim, edge_gating)
         self.merge_ir, self.merge_vis = _merge(dim), _merge(dim)
-        self.join = Pointwise(2 * dim, dim)
+        self.join = nn.Conv2d(2 * dim, dim, 1)
 
     def forward(
         self,
@@ -192,16 +202,9 @@ class GraphReasoning(nn.Module):
         vis: Tensor,  # B×C×H×W, shallow visible features
     ) -> tuple[Tensor, Tensor]:  # graph features of `ir` and `vis`, B×C×H×W each, ≥ 0
         "Graph features of each modality."
-        parameters = [
-            p for part in (self.exchange, self.reason_ir, self.reason_vis) for p in part.parameters()
-        ]
-        ir, vis = pixelwise(self._reason, self.embed_ir(ir), self.embed_vis(vis), parameters=parameters)
-        return self.merge_ir(ir), self.merge_vis(vis)
-
-    def _reason(self, ir: Tensor, vis: Tensor) -> tuple[Tensor, ...]:
-        "Exchange and reason, pixel by pixel; then each modality's three nodes side by side, B×3C×H×W."
-        ir, vis = self.exchange(ir=ir, vis=vis)
-        return tuple(torch.cat(nodes.chunk(3), 1) for nodes in (self.reason_ir(ir), self.reason_vis(vis)))
+        ir, vis = self.exchange(ir=self.embed_ir(ir), vis=self.embed_vis(vis))
+        ir, vis = self.reason_ir(ir), self.reason_vis(vis)
+        return self.merge_ir(side_by_side(ir)), self.merge_vis(side_by_side(vis))
 
 # %% ../../nbs/01_network/04_graph.ipynb #0227f03e
 @patch

@@ -24,19 +24,23 @@ from .decoder import Decoder
 from .encoder import Encoder
 from .fusion_layers import fusion_layers
 from .graph import EDGE_GATINGS, GraphReasoning
-from ..fast.memory import keep_freed_memory
 from ..core.provenance import atomic_path, sort_header
 
 # %% ../../nbs/01_network/08_model.ipynb #afb33adc
 SWITCHES = ("base", "detail", "graph", "exchange")  # of the ablation
+_CHOICES = {
+    "edge_gating": EDGE_GATINGS, "base": BASES, "detail": DETAILS, "graph": (True, False),
+    "exchange": (True, False),
+}
 
+# %% ../../nbs/01_network/08_model.ipynb #7ada9948
 def _check_config(c) -> None:
     "Raise `InputError` for the first field that cannot be."
     for name in ("dim", "heads", "groups", "depth"):
         value = getattr(c, name)
         if type(value) is not int or value < 1:
             raise InputError(f"{name}: expected a positive integer, found {value!r}")
-    for name, choices in (("edge_gating", EDGE_GATINGS), ("base", BASES), ("detail", DETAILS), ("graph", (True, False)), ("exchange", (True, False))):
+    for name, choices in _CHOICES.items():
         value = getattr(c, name)
         if value not in choices or isinstance(value, int) and type(value) is not bool:
             raise InputError(f"{name}: {value!r} is unknown; choose one of {', '.join(map(str, choices))}")
@@ -75,11 +79,10 @@ def configuration(
     "The configuration of a preset, with fields replaced; unknown names raise `InputError`."
     if preset not in PRESETS:
         raise InputError(f"preset: {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
-    unknown = set(overrides) - set(asdict(PRESETS[preset]))
+    known = [f.name for f in fields(Config)]
+    unknown = sorted(set(overrides) - set(known))
     if unknown:
-        raise InputError(
-            f"{', '.join(sorted(unknown))}: no such option; a network has {', '.join(asdict(PRESETS[preset]))}"
-        )
+        raise InputError(f"{', '.join(unknown)}: no such option; a network has {', '.join(known)}")
     return replace(PRESETS[preset], **overrides)
 
 # %% ../../nbs/01_network/08_model.ipynb #e34cb381
@@ -90,7 +93,7 @@ def read_header(
     path: str | Path,  # a safetensors file
 ) -> dict[str, str]:  # its metadata
     "The metadata of a weights file; raises `InputError` for anything that is not an smfnet weights file."
-    path = Path(path)
+    path, released = Path(path), "are read by smfnet.network.released.load_released"
     if not path.is_file():
         raise InputError(
             f"{path}: no such weights file; give a .safetensors file or the name of a shipped model"
@@ -98,50 +101,47 @@ def read_header(
     try:
         with safe_open(path, "pt") as f: header = f.metadata() or {}
     except (SafetensorError, OSError) as e:
-        raise InputError(
-            f"{path}: not a safetensors file ({e}); authors' checkpoints are read by smfnet.network.released.load_released"
-        ) from e
+        raise InputError(f"{path}: not a safetensors file ({e}); authors' checkpoints {released}") from e
     if header.get("format") != FORMAT:
-        raise InputError(f"{path}: safetensors, but not weights of smfnet (format {header.get('format')!r}); "
-                         "released weights are read by smfnet.network.released.load_released")
+        found = f"format {header.get('format')!r}"
+        raise InputError(
+            f"{path}: safetensors, but not weights of smfnet ({found}); released weights {released}"
+        )
     return header
+
+# %% ../../nbs/01_network/08_model.ipynb #05359ead
+def _misfits(own: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
+    "What is missing, unexpected or misshapen in `state`."
+    wrong = [f"missing {k}" for k in own.keys() - state.keys()]
+    wrong += [f"unexpected {k}" for k in state.keys() - own.keys()]
+    for k in own.keys() & state.keys():
+        found, expected = tuple(state[k].shape), tuple(own[k].shape)
+        if found != expected: wrong.append(f"{k} {found} instead of {expected}")
+    return sorted(wrong)
 
 # %% ../../nbs/01_network/08_model.ipynb #9d89b83f
 def _read_state(path: Path, model: nn.Module) -> dict[str, Tensor]:
     "Tensors of a weights file, checked against the model by name and shape."
     with safe_open(path, "pt") as f: state = {k: f.get_tensor(k) for k in f.keys()}
-    own = model.state_dict()
-    wrong = [f"missing {k}" for k in own.keys() - state.keys()] + [
-        f"unexpected {k}" for k in state.keys() - own.keys()
-    ]
-    wrong += [
-        f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
-        for k in own.keys() & state.keys()
-        if own[k].shape != state[k].shape
-    ]
-    if wrong:
-        raise InputError(
-            f"{path}: does not fit its own configuration: {'; '.join(sorted(wrong)[:5])}; the file is damaged"
-        )
+    if wrong := _misfits(model.state_dict(), state):
+        listed = "; ".join(wrong[:5])
+        raise InputError(f"{path}: does not fit its own configuration: {listed}; the file is damaged")
     return state
 
 # %% ../../nbs/01_network/08_model.ipynb #0a9663f1
 class SMFNet(nn.Module):
-    "The semantic-aware and multi-guided fusion network (figure 2), presets `paper` and `tiny`; `InputError` for unknown options."
+    "The semantic-aware and multi-guided fusion network (figure 2); `InputError` for unknown options."
     def __init__(
         self,
         preset: str | Config = "paper",  # a key of `PRESETS`, or a configuration
         **overrides,  # fields of `Config` to replace, e.g. edge_gating="channel_interleaved"
     ):
         super().__init__()
-        keep_freed_memory()  # see smfnet.fast.memory
-        self.config = c = (
-            replace(preset, **overrides) if isinstance(preset, Config) else configuration(preset, **overrides)
-        )
+        known = isinstance(preset, Config)
+        self.config = c = replace(preset, **overrides) if known else configuration(preset, **overrides)
         self.encoder = Encoder(c.dim, c.heads, c.groups, c.depth, base=c.base, detail=c.detail)
-        self.graph = (
-            GraphReasoning(c.dim, c.edge_gating) if c.graph else nn.Identity()
-        )  # without parameters, never called
+        # in place of an absent graph stands a module without parameters that is never called
+        self.graph = GraphReasoning(c.dim, c.edge_gating) if c.graph else nn.Identity()
         self.base_fusion, self.detail_fusion = fusion_layers(c.dim, c.heads, exchange=c.exchange)
         self.decoder = Decoder(c.dim, c.heads)
 
@@ -152,18 +152,16 @@ class SMFNet(nn.Module):
         ir: Tensor,  # B×1×H×W, [0,1]
         stage: int = 2,  # 1: reconstruct both images; 2: fuse
     ) -> dict[str, Tensor]:  # the features of that stage by name
-        "All features that the losses of a stage need; differentiable, images unchecked; `InputError` for another stage."
-        both = [t.chunk(2) for t in self.encoder(torch.cat([ir, vis]))]
-        f = {
-            f"{m}_{k}": t
-            for k, pair in zip(("shallow", "base", "detail"), both)
-            for m, t in zip(("ir", "vis"), pair)
-        }
+        "The features that the losses of a stage need; images unchecked; `InputError` for another stage."
+        if stage not in (1, 2):
+            raise InputError(f"stage: expected 1 or 2, found {stage!r}")
+        f = {}
+        for name, both in zip(("shallow", "base", "detail"), self.encoder(torch.cat([ir, vis]))):
+            f[f"ir_{name}"], f[f"vis_{name}"] = both.chunk(2)
         if self.config.graph:
             f["graph_ir"], f["graph_vis"] = self.graph(ir=f["ir_shallow"], vis=f["vis_shallow"])
         if stage == 1: f["recon_ir"], f["recon_vis"] = self._decode_each(f)
-        elif stage == 2: self._fuse_into(f)
-        else: raise InputError(f"stage: expected 1 or 2, found {stage!r}")
+        else: self._fuse_into(f)
         return f
 
 # %% ../../nbs/01_network/08_model.ipynb #eaa1c776
@@ -250,8 +248,7 @@ def load(
 ) -> SMFNet:  # in evaluation mode, on the CPU
     "Read a model from a weights file; raises `InputError` for a file of another kind."
     header = read_header(path)
-    try:
-        model = cls(Config(**json.loads(header["config"])))
+    try: model = cls(Config(**json.loads(header["config"])))
     except (KeyError, TypeError, ValueError) as e:
         raise InputError(f"{path}: unusable configuration in its header ({e})") from e
     model.load_state_dict(_read_state(Path(path), model))
@@ -267,7 +264,6 @@ def from_pretrained(
     folder = Path(str(files("smfnet"))) / "weights"
     shipped = sorted(p.stem for p in folder.glob("*.safetensors"))
     if name not in shipped:
-        raise InputError(
-            f"{name!r}: not shipped with this package; available: {', '.join(shipped) or 'none'}"
-        )
+        available = ", ".join(shipped) or "none"
+        raise InputError(f"{name!r}: not shipped with this package; available: {available}")
     return cls.load(folder / f"{name}.safetensors")

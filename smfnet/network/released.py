@@ -105,36 +105,50 @@ def _read(path: Path) -> Mapping:
         raise InputError(f"{path}: not a readable safetensors file ({e}); download it again") from e
     except pickle.UnpicklingError as e:
         raise InputError(
-            f"{path}: refused, because it holds more than tensors or is damaged; it may run code when loaded. "
-            "Ask its author for a safetensors file"
+            f"{path}: refused, because it holds more than tensors or is damaged; "
+            "it may run code when loaded. Ask its author for a safetensors file"
         ) from e
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
         raise InputError(f"{path}: not a readable checkpoint ({type(e).__name__}); download it again") from e
+
+# %% ../../nbs/01_network/09_released.ipynb #aebec9a4
+def _check_entries(flat: Mapping, source: str) -> None:
+    "`InputError` unless all five entries are there and hold tensors only."
+    found = {str(k).split("/")[0] for k in flat}
+    if not set(ENTRIES) <= found:
+        shown = ", ".join(sorted(found)[:6]) or "nothing"
+        raise InputError(
+            f"{source}: not the authors' format, which has the entries {', '.join(ENTRIES)}; "
+            f"found {shown}; weights of this project are read by SMFNet.load"
+        )
+    other = sorted(str(k) for k, v in flat.items() if not isinstance(v, Tensor))
+    if other:
+        shown = ", ".join(other[:6])
+        raise InputError(f"{source}: {shown}: not tensors; remove these entries from the checkpoint")
 
 # %% ../../nbs/01_network/09_released.ipynb #0af65c7b
 def _flatten(state: Mapping, source: str) -> dict[str, Tensor]:
     "Five dictionaries, or flat `entry/key` names, as one flat dictionary."
     if not isinstance(state, Mapping):
-        raise InputError(
-            f"{source}: expected a dictionary of tensors, found {type(state).__name__}; give the authors' checkpoint"
-        )
+        problem = f"expected a dictionary of tensors, found {type(state).__name__}"
+        raise InputError(f"{source}: {problem}; give the authors' checkpoint")
     flat = {}
     for name, value in state.items():
-        flat.update(
-            {f"{name}/{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value}
-        )
-    found = {str(k).split("/")[0] for k in flat}
-    if not set(ENTRIES) <= found:
-        raise InputError(
-            f"{source}: not the authors' format, which has the entries {', '.join(ENTRIES)}; "
-            f"found {', '.join(sorted(found)[:6]) or 'nothing'}; weights of this project are read by SMFNet.load"
-        )
-    other = sorted(str(k) for k, v in flat.items() if not isinstance(v, Tensor))
-    if other:
-        raise InputError(
-            f"{source}: {', '.join(other[:6])}: not tensors; remove these entries from the checkpoint"
-        )
+        nested = isinstance(value, Mapping)
+        flat |= {f"{name}/{k}": v for k, v in value.items()} if nested else {name: value}
+    _check_entries(flat, source)
     return flat
+
+# %% ../../nbs/01_network/09_released.ipynb #58780231
+def _misfits(own: Mapping, flat: Mapping, names: Mapping) -> list[str]:
+    "What is missing, unexpected or misshapen; `names` translates the keys of `flat` to those of `own`."
+    state = {n: flat[k] for k, n in names.items() if n}
+    problems = [f"missing {n}" for n in sorted(own.keys() - state.keys())]
+    problems += [f"unexpected {k}" for k, n in sorted(names.items()) if n and n not in own]
+    for n in sorted(own.keys() & state.keys()):
+        found, expected = tuple(state[n].shape), tuple(own[n].shape)
+        if found != expected: problems.append(f"{n} has shape {found} instead of {expected}")
+    return problems
 
 # %% ../../nbs/01_network/09_released.ipynb #723f709e
 def load_released(
@@ -143,26 +157,18 @@ def load_released(
     verbose: bool = True,  # print how many knowingly unused keys were left out
 ) -> SMFNet:  # paper preset with `edge_gating="channel_interleaved"`, evaluation mode
     "Load the authors' checkpoint format; raises `InputError` naming missing, unexpected and misshapen keys."
-    source = path_or_state if isinstance(path_or_state, (str, Path)) else "checkpoint"
-    flat = _flatten(
-        _read(Path(path_or_state)) if isinstance(path_or_state, (str, Path)) else path_or_state, source
-    )
+    is_file = isinstance(path_or_state, (str, Path))
+    source = path_or_state if is_file else "checkpoint"
+    flat = _flatten(_read(Path(path_or_state)) if is_file else path_or_state, source)
     model = SMFNet("paper", edge_gating="channel_interleaved")
-    own, names = model.state_dict(), {k: released_name(k) for k in flat}
-    unused = sorted(k for k, n in names.items() if n is None)
-    state = {n: flat[k] for k, n in names.items() if n}
-    problems = [f"missing {n}" for n in sorted(own.keys() - state.keys())]
-    problems += [f"unexpected {k}" for k, n in sorted(names.items()) if n and n not in own]
-    problems += [
-        f"{n} has shape {tuple(state[n].shape)} instead of {tuple(own[n].shape)}"
-        for n in sorted(own.keys() & state.keys())
-        if state[n].shape != own[n].shape
-    ]
-    if problems:
+    names = {k: released_name(k) for k in flat}
+    if problems := _misfits(model.state_dict(), flat, names):
         raise InputError(
-            f"{source}: {len(problems)} keys do not fit: {'; '.join(problems[:6])}; give a checkpoint of this network, unchanged"
+            f"{source}: {len(problems)} keys do not fit: {'; '.join(problems[:6])}; "
+            "give a checkpoint of this network, unchanged"
         )
+    unused = sorted(k for k, n in names.items() if n is None)
     if verbose and unused:
         print(f"left out {len(unused)} tensors that no forward pass of the release reaches ({unused[0]} …)")
-    model.load_state_dict(state)
+    model.load_state_dict({n: flat[k] for k, n in names.items() if n})
     return model.eval()

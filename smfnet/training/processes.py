@@ -22,6 +22,7 @@ import torch
 
 from ..core.checks import InputError
 from ..data.patches import PatchSet, load_pairs
+from ..fast.memory import keep_freed_memory
 from ..network.model import SMFNet
 from .checkpoints import load_checkpoint
 from .recipes import Recipe, recipe
@@ -129,6 +130,7 @@ def train(
     "Continue or start a run and save its weights; a folder with another run's checkpoints starts over."
     if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1:
         raise InputError(f"processes: {processes!r}; give 1 or more")
+    keep_freed_memory()
     rest = (model, data, r, folder, steps, minutes, notes, progress)
     if processes == 1: return _work(*rest, live, device, settings)
     with live.following() if live else contextlib.nullcontext():
