@@ -403,7 +403,7 @@ def picture(folder: Path, name: str, image: np.ndarray) -> Path:
 def test_upload_in_voila(tmp_path_factory):
     """A pair is uploaded and fused; wrong files become sentences, a huge pair is made smaller with a note, and the kernel lives on."""
     from smfnet.compare.collection import Collection, live_models
-    from smfnet.compare.upload import _InMemory, read_upload
+    from smfnet.compare.uploads import _InMemory, read_upload
     from smfnet.data.pairs import PairSet
     from smfnet.data.scenes import render_scene
 

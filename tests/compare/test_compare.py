@@ -1,9 +1,12 @@
 """The widgets without a browser: what they are told, what they send, what they say about bad input."""
 
 import base64
+import importlib
 import io
 import json
+import pkgutil
 import re
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -27,7 +30,7 @@ from smfnet.compare import (
 from smfnet.compare.collection import LIVE_PIXELS, Collection, live_limit, live_models, ranks
 from smfnet.compare.panel import Panel, watch
 from smfnet.compare.swipe import SWIPE_JS
-from smfnet.compare.upload import MOST, PICK_JS, PIECE, FilePick, _InMemory, read_upload
+from smfnet.compare.uploads import MOST, PICK_JS, PIECE, FilePick, _InMemory, read_upload
 from smfnet.compare.zoom import ZOOM_JS, crop_of
 from smfnet.core.checks import InputError
 from smfnet.data.pairs import PairSet
@@ -334,6 +337,33 @@ def test_wide_models_fuse_fewer_pixels_live():
         live_limit(SMFNet("tiny")) == LIVE_PIXELS
         and live_limit(SMFNet("paper", groups=1, depth=1)) == LIVE_PIXELS // 4
     )
+
+
+# --- the front door ---------------------------------------------------------------------------------------------
+
+DOOR = """
+import sys
+import smfnet.compare
+assert not {"torch", "anywidget", "ipywidgets"} & set(sys.modules), "the room loads its modules too early"
+from smfnet.compare import browse, explore, upload, explore_metrics, freeze
+import smfnet.compare.uploads, smfnet.compare.frozen
+from smfnet.compare import upload as again
+assert again is upload and all(map(callable, (browse, explore, upload, explore_metrics, freeze)))
+"""
+
+
+def test_names_load_when_used_and_stay_functions():
+    """In a fresh process: importing the room is cheap, and importing its modules does not replace its names."""
+    done = subprocess.run([sys.executable, "-c", DOOR], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("room", ["compare", "fusion"])
+def test_no_name_of_a_front_door_is_a_module(room):
+    """Importing such a module would put it where the name is expected."""
+    package = importlib.import_module(f"smfnet.{room}")
+    assert not {m.name for m in pkgutil.iter_modules(package.__path__)} & set(package.__all__)
+    assert all(getattr(package, name).__name__ == name for name in package.__all__)
 
 
 # --- panels ----------------------------------------------------------------------------------------------------
