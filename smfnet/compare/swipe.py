@@ -68,7 +68,8 @@ function build(el, model) {
 # %% ../../nbs/10_compare/02_swipe.ipynb #79e8bc36
 SWIPE_HAND_JS = r"""
 const STEPS = {
-  ArrowLeft: -.01, ArrowDown: -.01, ArrowRight: .01, ArrowUp: .01, PageDown: -.1, PageUp: .1, Home: -1, End: 1,
+  ArrowLeft: -.01, ArrowDown: -.01, ArrowRight: .01, ArrowUp: .01, PageDown: -.1, PageUp: .1,
+  Home: -1, End: 1,
 };
 function handle_by_hand({box, handle}, place, tell, now) {
   const follow = (e) => {
