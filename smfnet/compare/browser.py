@@ -159,7 +159,7 @@ def browse(
     weights: str | Path | None = "tiny",  # model that fuses live; None for none
     fused: str | Path | None = None,  # folder that holds <set>/<method>/<stem>.png
 ) -> Browser:
-    "A browser over sets and folders; what cannot be opened becomes a message; if nothing can, scenes are shown."
+    "A browser over sets and folders; what cannot be opened becomes a message, with scenes in its place."
     problems, found = [], []
     models = live_models(weights, problems)
     for name in sets:
