@@ -95,8 +95,9 @@ def exchange_gates(
     graph, exchange = model.graph, model.graph.exchange
     difference = graph.embed_vis(features["vis_shallow"]) - graph.embed_ir(features["ir_shallow"])
     found = {}
-    for side, gate, d in (("infrared", exchange.to_ir, difference), ("visible", exchange.to_vis, -difference)):
-        for dilation, g in zip(DILATIONS, torch.sigmoid(gate(d))):
+    opened = {"infrared": exchange.to_ir(difference), "visible": exchange.to_vis(-difference)}
+    for side, gates in opened.items():
+        for dilation, g in zip(DILATIONS, torch.sigmoid(gates)):
             found[f"into {side}, dilation {dilation}"] = g[0]
     return found
 
@@ -243,10 +244,8 @@ def _effect(name: str, whole: np.ndarray, part: np.ndarray, content: Content) ->
     "What leaving branches out does to the picture and to its metrics, as HTML; images are uint8."
     levels = {k: to_levels(x).astype(np.float32) for k, x in (("ir", content.ir), ("vis", content.vis))}
     score = lambda x: evaluate(fused=x.astype(np.float32), **levels, undefined="report")
-    table = score_table(
-        {"all branches": score(whole), name: score(part)}, marked=False,
-        caption="nine metrics, protocol of Table 1",
-    )
+    scores = {k: score(x) for k, x in {"all branches": whole, name: part}.items()}
+    table = score_table(scores, marked=False, caption="nine metrics, protocol of Table 1")
     change = np.abs(whole.astype(float) - part).mean()
     return (
         f'<div class="smf-effect" style="color:#111">{name}: differs from the whole network '

@@ -44,7 +44,9 @@ def freeze(
     timeout: int = 600,  # seconds for one cell
 ) -> Path:  # the file that was written
     "Run a notebook and store it with static pictures instead of live views; `InputError` if a cell fails."
-    try: import nbclient, nbformat
+    try:
+        import nbclient  # noqa: F401
+        import nbformat
     except ImportError as e:
         raise InputError(f"freeze needs {e.name}; run: pip install 'smfnet[notebooks]'") from e
     notebook, out = Path(notebook), Path(out or notebook)

@@ -7,41 +7,44 @@ __all__ = ['MOST', 'PIECE', 'PICK_JS', 'PIXELS', 'FilePick', 'read_upload', 'Upl
 
 # %% ../../nbs/10_compare/08_uploads.ipynb #2cea0b81
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import anywidget
 import ipywidgets as w
 import numpy as np
 import traitlets
+from fastcore.basics import patch
 from PIL import Image
 
-from ..core.checks import InputError
 from .browser import choice, row, side_by_side
 from .collection import Collection, captions, gray, lines, live_models
 from .display import montage
 from .panel import Panel, watch
 from .swipe import COMMON_CSS, COMMON_JS, Swipe
 from .zoom import LinkedZoom
+from ..core.checks import InputError
 from ..data.images import EXTENSIONS
-from ..data.pairs import Files, PairSet, get_pairs
+from ..data.pairs import Content, Files, PairSet, get_pairs
 
 # %% ../../nbs/10_compare/08_uploads.ipynb #683f6923
 MOST = 64 << 20  # bytes of one file
 PIECE = 1 << 20  # bytes of one message
 
-PICK_JS = (
-    COMMON_JS
-    + r"""
+PICK_JS = COMMON_JS + r"""
 function render({model, el}) {
-  const root = add(el, "label", "smf smf-pick", model.get("label") + " "), input = add(root, "input", "smf-file");
-  const state = add(root, "span", "smf-note", "");
-  input.type = "file"; input.accept = model.get("accept");
+  const root = add(el, "label", "smf smf-pick", model.get("label") + " ");
+  const input = add(root, "input", "smf-file"), state = add(root, "span", "smf-note", "");
+  input.type = "file";
+  input.accept = model.get("accept");
   let turn = 0;
   input.onchange = async () => {
     const file = input.files[0], own = ++turn, piece = model.get("piece");
     if (!file) return;
-    if (file.size > model.get("most")) { model.send({name: file.name, size: file.size, refused: true}); return; }
+    if (file.size > model.get("most")) {
+      model.send({name: file.name, size: file.size, refused: true});
+      return;
+    }
     const count = Math.max(1, Math.ceil(file.size / piece));
     for (let i = 0; i < count && own === turn; i++) {
       const part = await file.slice(i * piece, (i + 1) * piece).arrayBuffer();
@@ -52,7 +55,6 @@ function render({model, el}) {
 }
 export default {render};
 """
-)
 
 # %% ../../nbs/10_compare/08_uploads.ipynb #7b4e2e19
 class FilePick(anywidget.AnyWidget):
@@ -74,56 +76,57 @@ class FilePick(anywidget.AnyWidget):
         self._parts, self.on_file, self.on_refused = [], on_file, on_refused
         self.on_msg(lambda widget, content, buffers: self.receive(content, buffers))
 
-    def receive(
-        self,
-        content: dict,  # name, size; index and count, or refused
-        buffers: list,  # one piece
-    ) -> None:
-        "Take a piece; the last one completes the file."
-        if content.get("refused"): return self.on_refused(str(content["name"]), int(content["size"]))
-        if content["index"] == 0: self._parts = []
-        if content["index"] != len(self._parts): return  # rest of an upload that was replaced
-        self._parts.append(bytes(buffers[0]))
-        if len(self._parts) == content["count"]:
-            data, self._parts = b"".join(self._parts), []
-            self.on_file(str(content["name"]), data)
+# %% ../../nbs/10_compare/08_uploads.ipynb #c41c037a
+@patch
+def receive(
+    self: FilePick,
+    content: dict,  # name, size; index and count, or refused
+    buffers: list,  # one piece
+) -> None:
+    "Take a piece; the last one completes the file."
+    if content.get("refused"): return self.on_refused(str(content["name"]), int(content["size"]))
+    if content["index"] == 0: self._parts = []
+    if content["index"] != len(self._parts): return  # rest of an upload that was replaced
+    self._parts.append(bytes(buffers[0]))
+    if len(self._parts) == content["count"]:
+        data, self._parts = b"".join(self._parts), []
+        self.on_file(str(content["name"]), data)
 
 # %% ../../nbs/10_compare/08_uploads.ipynb #1e58ffce
 PIXELS = 120_000_000  # of one uploaded image
 
-# %% ../../nbs/10_compare/08_uploads.ipynb #16ede5d2
 def _checked(path: Path) -> Path:
     "The same path; `InputError` for an image with too many pixels. Other faults are found when it is read."
     try:
-        with Image.open(path) as im:
-            size = im.size
+        with Image.open(path) as im: w, h = im.size
     except Image.DecompressionBombError as e:
         raise InputError(f"{path.name}: has far too many pixels ({e}); crop it or make it smaller") from e
-    except Exception:
-        return path
-    if size[0] * size[1] > PIXELS:
+    except Exception: return path
+    if w * h > PIXELS:
         raise InputError(
-            f"{path.name}: {size[0]}×{size[1]} pixels; at most {PIXELS // 10**6} million are taken, so crop it or make it smaller"
+            f"{path.name}: {w}×{h} pixels; at most {PIXELS // 10**6} million are taken, "
+            "so crop it or make it smaller"
         )
     return path
 
 # %% ../../nbs/10_compare/08_uploads.ipynb #38e97867
+def _stored(folder: Path, name: str, data: bytes) -> Path:
+    "Write a file under its own name without any folder part, at most 120 characters of it."
+    folder.mkdir()
+    path = folder / (Path(name.replace("\\", "/")).name.lstrip(".")[-120:] or "upload")
+    path.write_bytes(data)
+    return path
+
+# %% ../../nbs/10_compare/08_uploads.ipynb #46f84659
 def read_upload(
     *,
     ir: tuple[str, bytes],  # name and content of the infrared file
     vis: tuple[str, bytes],  # name and content of the visible file
-):  # the decoded pair, `smfnet.data.pairs.Content`
+) -> Content:  # the decoded pair
     "Decode an uploaded pair; `InputError` names the file, the finding and the fix."
     with tempfile.TemporaryDirectory() as folder:
-        paths = {}
-        for side, (name, data) in (("ir", ir), ("vis", vis)):
-            paths[side] = (
-                Path(folder) / side / (Path(name.replace("\\", "/")).name.lstrip(".")[-120:] or "upload")
-            )
-            paths[side].parent.mkdir()
-            paths[side].write_bytes(data)
-        try:
-            return Files(**{side: _checked(path) for side, path in paths.items()}).read()
+        paths = {side: _stored(Path(folder) / side, *file) for side, file in (("ir", ir), ("vis", vis))}
+        try: return Files(**{side: _checked(path) for side, path in paths.items()}).read()
         except InputError as e:
             raise InputError(str(e).replace(f"{folder}/ir/", "").replace(f"{folder}/vis/", "")) from e
 
@@ -134,6 +137,11 @@ class _InMemory:
 
     def read(self): return self.content
 
+# %% ../../nbs/10_compare/08_uploads.ipynb #dcc2642e
+_WELCOME = (
+    "choose an infrared and a visible image of one size, taken from the same place; nothing is kept"
+)
+
 # %% ../../nbs/10_compare/08_uploads.ipynb #36b577eb
 class Upload(Panel):
     "Fuse the user's own pair; problems become messages."
@@ -141,94 +149,93 @@ class Upload(Panel):
         self,
         models: dict,  # name -> anything with fuse(vis=, ir=)
         *,
-        problems=(),  # what to say at the start
+        problems: Sequence[str] = (),  # what to say at the start
     ):
         super().__init__()
         self.models, self.files, self.collection = models, {}, None
-        self.picks = {
-            s: FilePick(label, lambda n, d, s=s: self.guard(self.take)(s, n, d), self.guard(self.refuse))
-            for s, label in (("ir", "infrared file"), ("vis", "visible file"))
-        }
+        self.picks = {"ir": self._pick("ir", "infrared file"), "vis": self._pick("vis", "visible file")}
         self.method = choice("fused by", list(models), value=next(iter(models)))
         self.other = choice("compared with", ["infrared", "visible", *models], value="visible")
         blank = np.full((120, 160), 0.9)
-        self.swipe, self.zoom = (
-            Swipe(blank, blank, titles=("compared with", "fused")),
-            LinkedZoom({"choose two files": blank}),
-        )
-        self.children = [
-            row(*self.picks.values(), self.method, self.other), self.message,
-            side_by_side(self.swipe, self.zoom),
-        ]
+        self.swipe = Swipe(blank, blank, titles=("compared with", "fused"))
+        self.zoom = LinkedZoom({"choose two files": blank})
+        controls = row(*self.picks.values(), self.method, self.other)
+        self.children = [controls, self.message, side_by_side(self.swipe, self.zoom)]
         watch(self, self._draw, self.method, self.other)
-        self.message.say(
-            "choose an infrared and a visible image of one size, taken from the same place; nothing is kept"
-        )
+        self.message.say(_WELCOME)
         if problems: self.message.warn("; ".join(problems))
 
-    def refuse(
-        self,
-        name: str,  # of a file that was not sent
-        size: int,  # bytes
-    ) -> None:
-        "Say that a file is too large."
-        raise InputError(
-            f"{name}: {size / 2**20:.0f} MB; files up to {MOST >> 20} MB are taken here, 'smfnet fuse' has no limit"
-        )
+# %% ../../nbs/10_compare/08_uploads.ipynb #da033255
+@patch
+def _pick(self: Upload, side: str, label: str) -> FilePick:
+    "The file input of one side; its errors become messages."
+    take = self.guard(self.take)
+    return FilePick(label, lambda name, data: take(side, name, data), self.guard(self.refuse))
+
+@patch
+def refuse(
+    self: Upload,
+    name: str,  # of a file that was not sent
+    size: int,  # bytes
+) -> None:
+    "Say that a file is too large."
+    raise InputError(
+        f"{name}: {size / 2**20:.0f} MB; files up to {MOST >> 20} MB are taken here, "
+        "'smfnet fuse' has no limit"
+    )
 
 # %% ../../nbs/10_compare/08_uploads.ipynb #79e7b7b3
-def _take(self: Upload, side: str, name: str, data: bytes) -> None:
-    "Keep a file; fuse when both are there."
+@patch
+def take(
+    self: Upload,
+    side: str,  # "ir" or "vis"
+    name: str,  # of the file
+    data: bytes,  # its content
+) -> None:
+    "Take a file; fuse when both are there."
     self.files[side] = (name, data)
     lacking = [word for s, word in (("ir", "infrared"), ("vis", "visible")) if s not in self.files]
     if lacking: return self.message.say(f"{name} is here; now choose the {lacking[0]} file")
-    try:
-        content = read_upload(**self.files)
+    try: content = read_upload(**self.files)
     except InputError as e:
-        raise InputError(
-            f"{e}" + ("; the pictures below are still those of the pair before" if self.collection else "")
-        ) from e
+        old = "; the pictures below are still those of the pair before" if self.collection else ""
+        raise InputError(f"{e}{old}") from e
     pairs = PairSet([("your pair", _InMemory(content))], name="upload", notes=[])
     self.collection = Collection(pairs, models=self.models)
     self._draw()
 
 # %% ../../nbs/10_compare/08_uploads.ipynb #748c841d
+@patch
+def _numbers(self: Upload) -> tuple[dict, list[str]]:
+    "The caption of the fused image, and why there is none."
+    method = self.method.value
+    try: return captions({method: self.collection.scores("your pair", method)}), []
+    except InputError as e: return {}, [f"not measured: {e}"]
+
+@patch
 def _draw(self: Upload) -> None:
     "Show the pair and the fused image."
     if self.collection is None: return
-    names = list(dict.fromkeys(["infrared", "visible", self.method.value]))
-    images = {m: self.collection.image("your pair", m) for m in names}
-    try: numbers = captions({self.method.value: self.collection.scores("your pair", self.method.value)})
-    except InputError as e: numbers, problem = {}, f"not measured: {e}"
-    else: problem = ""
-    self.zoom.set(images, numbers)
-    self.swipe.set(
-        self.collection.image("your pair", self.other.value), images[self.method.value],
-        titles=(self.other.value, self.method.value),
-    )
-    notes = [*self.collection.content("your pair").notes, *filter(None, [problem])]
-    self.message.say("; ".join(notes) or f"fused by {self.method.value}")
-
-# %% ../../nbs/10_compare/08_uploads.ipynb #f4c85635
-Upload.take, Upload._draw = _take, _draw
+    method, other = self.method.value, self.other.value
+    picture = lambda name: self.collection.image("your pair", name)
+    numbers, problems = self._numbers()
+    self.zoom.set({m: picture(m) for m in ("infrared", "visible", method)}, numbers)
+    self.swipe.set(picture(other), picture(method), titles=(other, method))
+    notes = [*self.collection.content("your pair").notes, *problems]
+    self.message.say("; ".join(notes) or f"fused by {method}")
 
 # %% ../../nbs/10_compare/08_uploads.ipynb #2fc209f0
-def _still(self: Upload) -> Image.Image:
+@patch
+def still(self: Upload) -> Image.Image:
     "The pair and the fused image; before a pair is there, a rendered example."
+    names = ["infrared", "visible", self.method.value]
     if self.collection is None:
         example = Collection(get_pairs("scenes", "test"), models=self.models)
-        names = ["infrared", "visible", self.method.value]
-        return montage(
-            [example.image(example.stems[1], m) for m in names], [f"example: {m}" for m in names], columns=3
-        )
-    names = ["infrared", "visible", self.method.value]
-    numbers = captions({self.method.value: self.collection.scores("your pair", self.method.value)})
-    return montage(
-        [self.collection.image("your pair", m) for m in names], names,
-        [lines(numbers.get(m, [])) for m in names], columns=3,
-    )
-
-Upload.still = _still
+        images = [example.image(example.stems[1], m) for m in names]
+        return montage(images, [f"example: {m}" for m in names], columns=3)
+    numbers = self._numbers()[0]
+    images = [self.collection.image("your pair", m) for m in names]
+    return montage(images, names, [lines(numbers.get(m, [])) for m in names], columns=3)
 
 # %% ../../nbs/10_compare/08_uploads.ipynb #f9430ce0
 def upload(
