@@ -45,7 +45,7 @@ def freeze(
 ) -> Path:  # the file that was written
     "Run a notebook and store it with static pictures instead of live views; `InputError` if a cell fails."
     try:
-        import nbclient  # noqa: F401
+        import nbclient
         import nbformat
     except ImportError as e:
         raise InputError(f"freeze needs {e.name}; run: pip install 'smfnet[notebooks]'") from e

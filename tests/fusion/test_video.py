@@ -1,4 +1,4 @@
-"""Videos and image sequences: the same numbers as frame by frame, every depth, and what is left after a failure."""
+"""Videos and image sequences: the same numbers as frame by frame, every depth, what a failure leaves."""
 
 import importlib.util
 import os
@@ -373,7 +373,7 @@ def test_a_frame_of_another_kind(place):
 
 
 def test_a_run_into_a_folder_may_be_repeated(place):
-    "By the names of the frames or their number, if the header states it; else the folder has to hold no image."
+    "By the names of the frames or their number, if the header states it; else the folder has to be empty."
     for name in ("six", "four"):
         shutil.copy(f"{name}.mp4", f"vis_{name}.mp4")
     for _ in range(2):
