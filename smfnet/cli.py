@@ -47,30 +47,35 @@ def _model_options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--max-memory", type=_memory, metavar="SIZE",
-        help="memory for one pair, e.g. 4GB or 500MB; larger pictures are computed piece by piece, with the same result (default: from what is free)",
+        help="memory for one pair, e.g. 4GB or 500MB; larger pictures are computed piece by piece, "
+        "with the same result (default: from what is free)",
     )
+
+# %% ../nbs/cli.ipynb #3c3545e2
+def _source_options(p: argparse.ArgumentParser, kind: str) -> None:
+    for name, word, folders in (("ir", "infrared", "ir/"), ("vis", "visible", "vi/, vis/ or visible/")):
+        p.add_argument(
+            f"--{name}", required=True, metavar="PATH",
+            help=f"{word} {kind}, or a root that holds {folders}",
+        )
 
 # %% ../nbs/cli.ipynb #1813c055
 def _fuse_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--ir", required=True, metavar="PATH", help="infrared file or folder, or a root that holds ir/"
-    )
-    p.add_argument(
-        "--vis", required=True, metavar="PATH",
-        help="visible file or folder, or a root that holds vi/, vis/ or visible/",
-    )
+    _source_options(p, "file or folder")
     p.add_argument("--out", required=True, metavar="DIR", help="folder that receives <stem>.png")
     _model_options(p)
     p.add_argument(
         "--range", nargs=2, type=float, metavar=("LO", "HI"),
-        help="infrared values that become black and white, in the file's units (default: robust range for 16-bit images)",
+        help="infrared values that become black and white, in the file's units "
+        "(default: robust range for 16-bit images)",
     )
     p.add_argument("--stretch", action="store_true", help="stretch each fused image to the full range")
     p.add_argument("--skip-existing", action="store_true", help="leave images alone that are there already")
 
 # %% ../nbs/cli.ipynb #2d7a5511
 def _evaluate_options(p: argparse.ArgumentParser) -> None:
-    for name, text in (("fused", "folder of fused images"), ("ir", "infrared folder"), ("vis", "visible folder")):
+    folders = {"fused": "folder of fused images", "ir": "infrared folder", "vis": "visible folder"}
+    for name, text in folders.items():
         p.add_argument(f"--{name}", required=True, metavar="DIR", help=text)
     p.add_argument("--protocol", default="table1", help="named set of conventions (default: table1)")
     p.add_argument("--csv", metavar="FILE", help="table to write, one row an image")
@@ -80,30 +85,27 @@ def _evaluate_options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--workers", type=_count, default=1, metavar="N", help="processes (default: 1)")
 
+# %% ../nbs/cli.ipynb #bf631fc5
+def _video_range(group) -> None:
+    group.add_argument(
+        "--range", nargs=2, type=float, metavar=("LO", "HI"),
+        help="infrared values that become black and white in all frames "
+        "(default: robust range of the first frame if it has more than 8 bits)",
+    )
+    group.add_argument(
+        "--range-per-frame", dest="range", action="store_const", const="frame",
+        help="choose the range anew in every frame; may flicker",
+    )
+
 # %% ../nbs/cli.ipynb #50854f91
 def _video_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--ir", required=True, metavar="PATH",
-        help="infrared video, folder of frames, or a root that holds ir/",
-    )
-    p.add_argument(
-        "--vis", required=True, metavar="PATH",
-        help="visible video, folder of frames, or a root that holds vi/, vis/ or visible/",
-    )
+    _source_options(p, "video, folder of frames")
     p.add_argument(
         "--out", required=True, metavar="PATH",
         help=".mkv (exact, 8 or 16 bits), .mp4 (8 bits, compressed), or a folder that receives PNG",
     )
     _model_options(p)
-    scale = p.add_mutually_exclusive_group()
-    scale.add_argument(
-        "--range", nargs=2, type=float, metavar=("LO", "HI"),
-        help="infrared values that become black and white in all frames (default: robust range of the first frame if it has more than 8 bits)",
-    )
-    scale.add_argument(
-        "--range-per-frame", dest="range", action="store_const", const="frame",
-        help="choose the range anew in every frame; may flicker",
-    )
+    _video_range(p.add_mutually_exclusive_group())
     p.add_argument(
         "--fps", type=float, metavar="N",
         help="frames per second of a written video (default: as the inputs; 25 for folders)",
@@ -123,25 +125,30 @@ _ROOT = {
     "write": "folder that receives the set (default: data/)",
 }
 
-def _data_options(p: argparse.ArgumentParser) -> None:
-    tasks = p.add_subparsers(required=True, metavar="TASK", dest="task")
-    def task(name: str, text: str, root: str | None) -> argparse.ArgumentParser:
-        sub = tasks.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        if root: sub.add_argument("--root", metavar="DIR", help=_ROOT[root])
-        return sub
-    task("list", "list all data sets, their splits, and what is here", "read")
-    get = task("get", "download a data set, checked file by file", "write")
+def _task(tasks, name: str, text: str, root: str | None = None) -> argparse.ArgumentParser:
+    "Add a task of `smfnet data`; with `root`, an option for the folder that it reads or writes."
+    sub = tasks.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    if root: sub.add_argument("--root", metavar="DIR", help=_ROOT[root])
+    return sub
+
+# %% ../nbs/cli.ipynb #0e392b87
+def _registry_tasks(tasks) -> None:
+    "The tasks that deal with the sets of the registry."
+    _task(tasks, "list", "list all data sets, their splits, and what is here", "read")
+    get = _task(tasks, "get", "download a data set, checked file by file", "write")
     get.add_argument("name", metavar="NAME", help="data set, as in the list")
     get.add_argument("splits", nargs="*", metavar="SPLIT", help="splits (default: all that can be fetched)")
     get.add_argument("--mirror", metavar="URL", help="server that replaces the upstream host")
-    add = task("add", "import a data set from an archive or a folder", "write")
+    add = _task(tasks, "add", "import a data set from an archive or a folder", "write")
     add.add_argument("name", metavar="NAME", help="data set, as in the list")
     add.add_argument("path", metavar="PATH", help="archive (.zip, .tar, .tar.gz, …) or folder")
-    verify = task("verify", "compare data sets with the registry, by content", "read")
+    verify = _task(tasks, "verify", "compare data sets with the registry, by content", "read")
     verify.add_argument("name", nargs="?", metavar="NAME", help="data set (default: all that are here)")
-    check = task(
-        "check", "look for faults in pairs of your own: size, depth, brightness, repetition, alignment", None
-    )
+
+# %% ../nbs/cli.ipynb #5a18fa1e
+def _check_task(tasks) -> None:
+    faults = "size, depth, brightness, repetition, alignment"
+    check = _task(tasks, "check", f"look for faults in pairs of your own: {faults}")
     check.add_argument(
         "folder", nargs="?", metavar="DIR", help="folder that holds ir/ and vi/, vis/ or visible/"
     )
@@ -152,6 +159,12 @@ def _data_options(p: argparse.ArgumentParser) -> None:
         help="displacement that is accepted (default: 3)",
     )
     check.add_argument("--pictures", metavar="DIR", help="receives a picture of each likely displacement")
+
+# %% ../nbs/cli.ipynb #f198d771
+def _data_options(p: argparse.ArgumentParser) -> None:
+    tasks = p.add_subparsers(required=True, metavar="TASK", dest="task")
+    _registry_tasks(tasks)
+    _check_task(tasks)
 
 # %% ../nbs/cli.ipynb #02a5d25b
 def build_parser() -> argparse.ArgumentParser:
@@ -181,11 +194,13 @@ def _model(args: argparse.Namespace):
     from smfnet.fusion.onnx import OnnxModel
     if args.device == "cuda":
         raise InputError(
-            f"{args.weights}: exported networks run on the CPU here; leave out --device, or give the weights themselves"
+            f"{args.weights}: exported networks run on the CPU here; "
+            "leave out --device, or give the weights themselves"
         )
     if args.max_memory:
         raise InputError(
-            f"{args.weights}: exported networks have no --max-memory; leave it out, or give the weights themselves"
+            f"{args.weights}: exported networks have no --max-memory; "
+            "leave it out, or give the weights themselves"
         )
     return OnnxModel(args.weights, threads=args.threads)
 
@@ -200,7 +215,8 @@ def run_fuse(
         device=args.device, max_memory=args.max_memory, skip_existing=args.skip_existing,
     )
     print(report.summary(), file=sys.stdout if report.ok else sys.stderr)
-    return 0 if report.ok else 1 if report.written or report.skipped else 2
+    if report.ok: return 0
+    return 1 if report.written or report.skipped else 2
 
 # %% ../nbs/cli.ipynb #06f2ca8e
 def run_video(
@@ -232,34 +248,32 @@ def run_evaluate(
 ) -> int:  # 0
     "Measure fused images, print the means and write the table."
     from smfnet.metrics import evaluate_command
-    return evaluate_command(fused=args.fused, ir=args.ir, vis=args.vis, protocol=args.protocol, csv=args.csv,
-                            compare=args.compare, workers=args.workers) or 0
+    return evaluate_command(
+        fused=args.fused, ir=args.ir, vis=args.vis, protocol=args.protocol, csv=args.csv,
+        compare=args.compare, workers=args.workers,
+    )
 
 # %% ../nbs/cli.ipynb #8d393014
 def _list_data(args: argparse.Namespace) -> int:
     from smfnet.data.acquire import inventory
-    rows = [
-        ("set", "split", "pairs", "state", "where"),
-        *(tuple(e[k] for k in ("set", "split", "pairs", "state", "place")) for e in inventory(args.root)),
-    ]
-    widths = [max(len(r[i]) for r in rows) for i in range(5)]
-    for r in rows:
-        print(
-            "  ".join(
-                text.rjust(w) if i == 2 else text.ljust(w) for i, (text, w) in enumerate(zip(r, widths))
-            ).rstrip()
-        )
+    keys = ("set", "split", "pairs", "state", "place")
+    rows = [("set", "split", "pairs", "state", "where")]
+    rows += [tuple(e[k] for k in keys) for e in inventory(args.root)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        texts = [text.ljust(w) for text, w in zip(row, widths)]
+        texts[2] = row[2].rjust(widths[2])  # numbers stand to the right
+        print("  ".join(texts).rstrip())
     print("Pairs in brackets are stated by others, not counted on files. A question mark: unknown.")
     return 0
 
 # %% ../nbs/cli.ipynb #2b24d68c
 def _obtain_data(args: argparse.Namespace) -> int:
     from smfnet.data.acquire import add, get
-    outcome = (
-        get(args.name, args.splits, root=args.root, mirror=args.mirror)
-        if args.task == "get"
-        else add(args.name, args.path, root=args.root)
-    )
+    if args.task == "get":
+        outcome = get(args.name, args.splits, root=args.root, mirror=args.mirror)
+    else:
+        outcome = add(args.name, args.path, root=args.root)
     for line in outcome.installed: print(line)
     for line in outcome.notes: print(f"note: {line}")
     for line in outcome.problems: print(f"not installed: {line}", file=sys.stderr)
@@ -268,11 +282,10 @@ def _obtain_data(args: argparse.Namespace) -> int:
 # %% ../nbs/cli.ipynb #1a273a98
 def _verify_data(args: argparse.Namespace) -> int:
     from smfnet.data.acquire import verify, verify_all
-    reports = (
-        [verify(args.name, root=args.root, progress=True)]
-        if args.name
-        else verify_all(root=args.root, progress=True)
-    )
+    if args.name:
+        reports = [verify(args.name, root=args.root, progress=True)]
+    else:
+        reports = verify_all(root=args.root, progress=True)
     for report in reports: print(*report.lines(), sep="\n")
     return 0 if all(r.ok for r in reports) else 1
 
@@ -309,16 +322,15 @@ def _attempt(args: argparse.Namespace) -> int:
 
 # %% ../nbs/cli.ipynb #08618e2e
 def main(
-    argv: Sequence[str] | None = None,  # arguments without the program's name; by default those of the process
+    argv: Sequence[str] | None = None,  # arguments after the program's name; None: those of the process
 ) -> int:  # exit status: 0, 1, 2 or 130
     "Run the command line; bad input becomes one line on the error stream."
     args = build_parser().parse_args(argv)
     if args.run in (run_fuse, run_video): keep_freed_memory()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", module="torch|PIL"
-            )  # remarks on damaged files, which get our own line
+            # remarks of libraries on damaged files, for which there are messages of our own
+            warnings.filterwarnings("ignore", module="torch|PIL")
             return _attempt(args)
     except KeyboardInterrupt:
         print("smfnet: interrupted; finished files are kept", file=sys.stderr)

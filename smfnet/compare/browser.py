@@ -11,14 +11,15 @@ from pathlib import Path
 
 import ipywidgets as w
 import numpy as np
+from fastcore.basics import patch
 from PIL import Image
 
-from ..core.checks import InputError
 from .collection import Collection, captions, gray, lines, live_models, open_collection
 from .display import montage
 from .panel import Panel, watch
 from .swipe import Swipe
 from .zoom import LinkedZoom
+from ..core.checks import InputError
 
 # %% ../../nbs/10_compare/06_browser.ipynb #60e50501
 def row(
@@ -80,32 +81,36 @@ class Browser(Panel):
         self.chosen, self._busy = row(), False
         blank = np.zeros((2, 2))
         self.swipe, self.zoom = Swipe(blank, blank), LinkedZoom({"": blank})
-        self.children = [
-            row(self.set_, self.pair, self.left, self.right, self.grey), self.chosen, self.message,
-            side_by_side(self.swipe, self.zoom),
-        ]
+        controls = row(self.set_, self.pair, self.left, self.right, self.grey)
+        self.children = [controls, self.chosen, self.message, side_by_side(self.swipe, self.zoom)]
         watch(self, self._fill, self.set_)
         watch(self, self._draw, self.pair, self.left, self.right, self.grey)
         self.guard(self._fill)()
         if self.problems: self.message.warn("; ".join(self.problems))
 
-    @property
-    def collection(self) -> Collection:
-        "What is shown now."
-        return self.collections[self.set_.value]
+# %% ../../nbs/10_compare/06_browser.ipynb #0f6432de
+@patch(as_prop=True)
+def collection(self: Browser) -> Collection:
+    "What is shown now."
+    return self.collections[self.set_.value]
 
-    @property
-    def methods(self) -> list[str]:
-        "Methods that are ticked."
-        return [box.description for box in self.chosen.children if box.value]
+@patch(as_prop=True)
+def methods(self: Browser) -> list[str]:
+    "Methods that are ticked."
+    return [box.description for box in self.chosen.children if box.value]
 
 # %% ../../nbs/10_compare/06_browser.ipynb #ced27498
+@patch
 def _fill(self: Browser) -> None:
     "Renew the choices for another set, then draw once."
     self._busy, known = True, self.collection
+    fused = known.fused_methods or ["visible"]
     try:
-        for box, names, start in ((self.pair, known.stems, known.stems[0]), (self.left, known.methods, "infrared"),
-                                  (self.right, known.methods, (known.fused_methods or ["visible"])[0])):
+        for box, names, start in (
+            (self.pair, known.stems, known.stems[0]),
+            (self.left, known.methods, "infrared"),
+            (self.right, known.methods, fused[0]),
+        ):
             box.options = names
             box.value = start
         self.chosen.children = [tick(m, i < 8) for i, m in enumerate(known.methods)]
@@ -114,46 +119,47 @@ def _fill(self: Browser) -> None:
     self._draw()
 
 # %% ../../nbs/10_compare/06_browser.ipynb #b26566ca
+@patch
+def _picture(self: Browser, method: str) -> np.ndarray:
+    "The shown pair by one method, in grey if that is wanted."
+    found = self.collection.image(self.pair.value, method)
+    return gray(found).astype(np.uint8) if self.grey.value else found
+
+# %% ../../nbs/10_compare/06_browser.ipynb #af9c66b0
+@patch
 def _draw(self: Browser) -> None:
     "Show the chosen pair; what one method lacks is said and does not hide the others."
     if self._busy: return
     known, stem, said = self.collection, self.pair.value, []
-    def image(method):
-        found = known.image(stem, method)
-        return gray(found).astype(np.uint8) if self.grey.value else found
     images, scores = {}, {}
     for method in self.methods:
-        try: images[method], scores[method] = image(method), known.scores(stem, method)
+        try: images[method], scores[method] = self._picture(method), known.scores(stem, method)
         except InputError as e: said.append(str(e))
     if images: self.zoom.set(images, captions(scores))
     elif not self.methods: said.append("tick at least one method")
     titles = (self.left.value, self.right.value)
-    try: self.swipe.set(*map(image, titles), titles=titles)
+    try: self.swipe.set(*map(self._picture, titles), titles=titles)
     except InputError as e: said.append(str(e))
     notes = [*known.content(stem).notes, *known.notes]
     if said: self.message.warn("; ".join(dict.fromkeys(said)))
     elif notes: self.message.say("; ".join(notes))
 
-# %% ../../nbs/10_compare/06_browser.ipynb #04df2d1a
-Browser._fill, Browser._draw = _fill, _draw
-
 # %% ../../nbs/10_compare/06_browser.ipynb #82b632a4
-def _still(self: Browser) -> Image.Image:
+@patch
+def still(self: Browser) -> Image.Image:
     "The chosen methods with their numbers."
     known, stem, names = self.collection, self.pair.value, self.methods
     text = captions({m: known.scores(stem, m) for m in names})
     return montage([known.image(stem, m) for m in names], names, [lines(text[m]) for m in names], columns=3)
 
-Browser.still = _still
-
 # %% ../../nbs/10_compare/06_browser.ipynb #b29b6c84
 def browse(
-    sets: Sequence[str | Path] = ("scenes:test",),  # sets of the registry ("TNO", "scenes:test"), or folders that hold ir/ and vi/
+    sets: Sequence[str | Path] = ("scenes:test",),  # sets of the registry, or folders of ir/ and vi/
     *,
     weights: str | Path | None = "tiny",  # model that fuses live; None for none
     fused: str | Path | None = None,  # folder that holds <set>/<method>/<stem>.png
 ) -> Browser:
-    "A browser over sets and folders; what cannot be opened becomes a message, and scenes are shown if nothing can."
+    "A browser over sets and folders; what cannot be opened becomes a message, with scenes in its place."
     problems, found = [], []
     models = live_models(weights, problems)
     for name in sets:

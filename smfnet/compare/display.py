@@ -20,8 +20,8 @@ LIMIT = 2048  # pixels, longest side that is sent to a browser
 
 def levels(
     image: np.ndarray,  # H×W or H×W×3; uint8, or floating point in [0,1]
-) -> np.ndarray:  # the same shape, uint8
-    "An image as 8-bit levels on the fixed range 0 to 1, clipped; `InputError` for other shapes, types or NaN."
+) -> np.ndarray:  # the same shape, uint8; clipped
+    "An image as 8-bit levels on the fixed range 0 to 1; `InputError` for other shapes, types or NaN."
     image = np.asarray(image)
     if image.ndim not in (2, 3) or image.ndim == 3 and image.shape[2] != 3 or not image.size:
         raise InputError(f"image: expected H×W or H×W×3, found {image.shape}; take one image of the batch")
@@ -55,10 +55,8 @@ def show(
     picture = Image.fromarray(image)
     if max(full) > limit:
         h, w = (max(1, round(n * limit / max(full))) for n in full)
-        picture, note = (
-            picture.resize((w, h), Image.Resampling.BOX),
-            f"shown at {w}×{h}, made smaller from {full[1]}×{full[0]}",
-        )
+        picture = picture.resize((w, h), Image.Resampling.BOX)
+        note = f"shown at {w}×{h}, made smaller from {full[1]}×{full[0]}"
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", compress_level=3)
     return Shown(buffer.getvalue(), (picture.height, picture.width), full, note)
@@ -66,21 +64,32 @@ def show(
 # %% ../../nbs/10_compare/01_display.ipynb #ae7eb769
 BAR = 17  # pixels, height of a line of text
 
-def _tile(image: np.ndarray, lines: Sequence[str], size: tuple[int, int], bars: int, zoom: int) -> Image.Image:
+def _tile(
+    image: np.ndarray, lines: Sequence[str], size: tuple[int, int], bars: int, zoom: int
+) -> Image.Image:
     "One picture of `size` (height, width), enlarged, under its title and above its numbers."
     h, w = (n * zoom for n in size)
     tile = Image.new("RGB", (w, h + bars * BAR), "white")
     picture = Image.fromarray(levels(image)).convert("RGB")
-    same = picture.size == (w // zoom, h // zoom)
-    tile.paste(
-        picture.resize((w, h), Image.Resampling.NEAREST if same else Image.Resampling.BILINEAR), (0, BAR)
-    )
+    same = picture.size == (size[1], size[0])
+    way = Image.Resampling.NEAREST if same else Image.Resampling.BILINEAR
+    tile.paste(picture.resize((w, h), way), (0, BAR))
     draw, font = ImageDraw.Draw(tile), ImageFont.load_default(size=12)
     for i, line in enumerate(lines):
         draw.text((2, 1 if i == 0 else h + i * BAR), line.replace("–", "-"), fill="black", font=font)
     return tile
 
 # %% ../../nbs/10_compare/01_display.ipynb #c970de03
+def _sheet(tiles: Sequence[Image.Image], columns: int, gap: int = 6) -> Image.Image:
+    "Tiles of one size in a grid, on white."
+    w, h = tiles[0].size
+    rows = -(-len(tiles) // columns)
+    sheet = Image.new("RGB", (columns * (w + gap) - gap, rows * (h + gap) - gap), "white")
+    for i, tile in enumerate(tiles):
+        sheet.paste(tile, (i % columns * (w + gap), i // columns * (h + gap)))
+    return sheet
+
+# %% ../../nbs/10_compare/01_display.ipynb #3f1dd691
 def montage(
     images: Sequence[np.ndarray],  # each H×W or H×W×3; uint8, or floating point in [0,1]
     titles: Sequence[str],  # as many
@@ -90,7 +99,7 @@ def montage(
     side: int = 480,  # longest side of one picture, pixels; larger images are made smaller
     zoom: int = 1,  # whole number by which pixels are enlarged
 ) -> Image.Image:
-    "Pictures with titles in a grid, all at the size of the first; `InputError` for none or a wrong number of titles."
+    "Pictures with titles in a grid, all at the size of the first; `InputError` unless each has a title."
     if not len(images) or len(images) != len(titles):
         raise InputError(
             f"montage: {len(images)} images and {len(titles)} titles; give one title for each image"
@@ -99,10 +108,6 @@ def montage(
     scale = min(1.0, side / max(h, w))
     size = (max(1, round(h * scale)), max(1, round(w * scale)))
     texts = [[title, *(captions[i] if captions else ())] for i, title in enumerate(titles)]
-    tiles = [_tile(image, lines, size, max(map(len, texts)), zoom) for image, lines in zip(images, texts)]
-    columns, gap, (w, h) = min(columns, len(tiles)), 6, tiles[0].size
-    sheet = Image.new(
-        "RGB", (columns * (w + gap) - gap, -(-len(tiles) // columns) * (h + gap) - gap), "white"
-    )
-    for i, tile in enumerate(tiles): sheet.paste(tile, (i % columns * (w + gap), i // columns * (h + gap)))
-    return sheet
+    bars = max(map(len, texts))
+    tiles = [_tile(image, lines, size, bars, zoom) for image, lines in zip(images, texts)]
+    return _sheet(tiles, min(columns, len(tiles)))

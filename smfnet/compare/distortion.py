@@ -6,20 +6,22 @@
 __all__ = ['RANGES', 'Distortion', 'sliders', 'movement', 'MetricsExplorer', 'explore_metrics']
 
 # %% ../../nbs/10_compare/09_distortion.ipynb #f89f8f8e
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import ipywidgets as w
 import numpy as np
+from fastcore.basics import patch
 from PIL import Image
 from scipy import ndimage
 
-from ..core.checks import InputError
 from .browser import choice, row, side_by_side
 from .collection import Collection, gray, live_models, open_collection, score_table, shown
 from .display import montage
 from .panel import Panel, watch
 from .swipe import Swipe
+from ..core.checks import InputError
 from ..data.images import to_levels
 from ..metrics import evaluate
 from ..metrics.protocols import METRICS
@@ -35,19 +37,26 @@ class Distortion:
     gamma: float = 1.0  # exponent
     shift: int = 0  # pixels to the right
 
-    def __call__(
-        self,
-        image: np.ndarray,  # H×W, [0,1]
-    ) -> np.ndarray:  # H×W float32, [0,1]
-        "Shift, blur, change tones, add noise, clip; `InputError` for impossible amounts."
-        if self.noise < 0 or self.blur < 0 or self.gamma <= 0:
-            raise InputError(f"{self}: noise and blur must be at least 0 and gamma above 0")
-        x = np.asarray(image, np.float32)
-        if self.shift: x = np.take(x, np.clip(np.arange(x.shape[1]) - self.shift, 0, x.shape[1] - 1), axis=1)
-        if self.blur: x = ndimage.gaussian_filter(x, self.blur, mode="nearest")
-        x = np.clip((x - 0.5) * self.contrast + 0.5 + self.brightness, 0, 1) ** self.gamma
-        if self.noise: x = x + self.noise * np.random.default_rng(0).standard_normal(x.shape, np.float32)
-        return np.clip(x, 0, 1).astype(np.float32)
+    def changes(self) -> dict[str, float]:
+        "The amounts that do something."
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+# %% ../../nbs/10_compare/09_distortion.ipynb #aec61bc1
+@patch
+def __call__(
+    self: Distortion,
+    image: np.ndarray,  # H×W, [0,1]
+) -> np.ndarray:  # H×W float32, [0,1]
+    "Shift, blur, change tones, add noise, clip; `InputError` for impossible amounts."
+    if self.noise < 0 or self.blur < 0 or self.gamma <= 0:
+        raise InputError(f"{self}: noise and blur must be at least 0 and gamma above 0")
+    x = np.asarray(image, np.float32)
+    columns = np.clip(np.arange(x.shape[1]) - self.shift, 0, x.shape[1] - 1)
+    if self.shift: x = np.take(x, columns, axis=1)
+    if self.blur: x = ndimage.gaussian_filter(x, self.blur, mode="nearest")
+    x = np.clip((x - 0.5) * self.contrast + 0.5 + self.brightness, 0, 1) ** self.gamma
+    if self.noise: x = x + self.noise * np.random.default_rng(0).standard_normal(x.shape, np.float32)
+    return np.clip(x, 0, 1).astype(np.float32)
 
 # %% ../../nbs/10_compare/09_distortion.ipynb #abc5182b
 RANGES = {
@@ -69,16 +78,21 @@ def sliders() -> dict[str, w.Widget]:  # field of `Distortion` -> slider
     return made
 
 # %% ../../nbs/10_compare/09_distortion.ipynb #a23df85b
+def _arrow(before: float | None, after: float | None) -> str:
+    "How far a value moved; '–' where there is none, or nothing to compare with."
+    if not before or after is None: return "–"
+    change = 100 * (after - before) / abs(before)
+    sign = "="
+    if abs(change) > 0.05: sign = "▲" if change > 0 else "▼"
+    return f"{sign} {change:+.1f} %"
+
 def movement(
-    before: dict[str, float],  # metric -> value
-    after: dict[str, float],  # metric -> value
+    before: Mapping[str, float],  # metric -> value
+    after: Mapping[str, float],  # metric -> value
 ) -> str:  # HTML
     "How far each metric moved, in percent, with an arrow; '–' where a value is missing or zero."
-    def item(m):
-        if m not in before or m not in after or not before[m]: return "–"
-        change = 100 * (after[m] - before[m]) / abs(before[m])
-        return f"{'▲' if change > 0.05 else '▼' if change < -0.05 else '='} {change:+.1f} %"
-    cells = "".join(f'<td style="padding:1px 8px;text-align:right">{item(m)}</td>' for m in METRICS)
+    texts = [_arrow(before.get(m), after.get(m)) for m in METRICS]
+    cells = "".join(f'<td style="padding:1px 8px;text-align:right">{text}</td>' for text in texts)
     return f'<tr><th scope="row" style="padding:1px 8px;text-align:left">change</th>{cells}</tr>'
 
 # %% ../../nbs/10_compare/09_distortion.ipynb #3f647b5b
@@ -88,15 +102,13 @@ class MetricsExplorer(Panel):
         self,
         collection: Collection,
         *,
-        problems=(),  # what to say at the start
+        problems: Sequence[str] = (),  # what to say at the start
     ):
         super().__init__()
         self.collection = collection
         methods = collection.fused_methods or ["visible"]
-        self.pair, self.method = (
-            choice("pair", collection.stems, value=collection.stems[0]),
-            choice("fused by", methods, value=methods[0]),
-        )
+        self.pair = choice("pair", collection.stems, value=collection.stems[0])
+        self.method = choice("fused by", methods, value=methods[0])
         self.sliders, self.reset, self.table = sliders(), w.Button(description="reset"), w.HTML()
         blank = np.zeros((2, 2))
         self.swipe = Swipe(blank, blank)
@@ -107,16 +119,19 @@ class MetricsExplorer(Panel):
         self.guard(self._draw)()
         if problems: self.message.warn("; ".join(problems))
 
-    @property
-    def distortion(self) -> Distortion:
-        "What the sliders say."
-        return Distortion(**{name: s.value for name, s in self.sliders.items()})
+# %% ../../nbs/10_compare/09_distortion.ipynb #6088da69
+@patch(as_prop=True)
+def distortion(self: MetricsExplorer) -> Distortion:
+    "What the sliders say."
+    return Distortion(**{name: s.value for name, s in self.sliders.items()})
 
-    def undo(self) -> None:
-        "Put every slider where it does nothing."
-        for name, s in self.sliders.items(): s.value = getattr(Distortion(), name)
+@patch
+def undo(self: MetricsExplorer) -> None:
+    "Put every slider where it does nothing."
+    for name, s in self.sliders.items(): s.value = getattr(Distortion(), name)
 
 # %% ../../nbs/10_compare/09_distortion.ipynb #52c34f7d
+@patch
 def _state(self: MetricsExplorer, distortion: Distortion | None = None):
     "Undistorted and distorted image in whole grey levels, and their scores; by default as the sliders say."
     stem = self.pair.value
@@ -127,45 +142,39 @@ def _state(self: MetricsExplorer, distortion: Distortion | None = None):
     return plain, spoilt, *(evaluate(fused=x, **sources, undefined="report") for x in (plain, spoilt))
 
 # %% ../../nbs/10_compare/09_distortion.ipynb #67671539
+@patch
 def _draw(self: MetricsExplorer) -> None:
     "Show the distorted image beside the other, and the metrics of both."
     plain, spoilt, before, after = self._state()
-    self.swipe.set(plain.astype(np.uint8), spoilt.astype(np.uint8), titles=(self.method.value, "distorted"))
-    table = score_table(
-        {self.method.value: before, "distorted": after}, marked=False,
-        caption="nine metrics, protocol of Table 1; each is meant to grow with quality",
-    )
-    self.table.value = (
-        '<div style="overflow-x:auto">'
-        + table.replace("</tbody>", movement(before, after) + "</tbody>")
-        + "</div>"
-    )
+    method = self.method.value
+    self.swipe.set(plain.astype(np.uint8), spoilt.astype(np.uint8), titles=(method, "distorted"))
+    caption = "nine metrics, protocol of Table 1; each is meant to grow with quality"
+    table = score_table({method: before, "distorted": after}, marked=False, caption=caption)
+    table = table.replace("</tbody>", movement(before, after) + "</tbody>")
+    self.table.value = f'<div style="overflow-x:auto">{table}</div>'
     undefined = "; ".join(f"{m} is undefined: {why}" for m, why in after.undefined.items())
     if undefined: self.message.say(undefined)
 
 # %% ../../nbs/10_compare/09_distortion.ipynb #0ea86450
-def _still(self: MetricsExplorer) -> Image.Image:
-    "The image as it is and distorted, with its numbers; three examples while the sliders do nothing."
-    text = lambda scores: [
-        "   ".join(f"{m} {shown(scores.get(m))}" for m in list(METRICS)[i : i + 3]) for i in (0, 3, 6)
-    ]
-    chosen = (
-        [self.distortion]
-        if self.distortion != Distortion()
-        else [Distortion(noise=0.05), Distortion(blur=1.5), Distortion(contrast=1.5)]
-    )
-    plain, _, before, _ = self._state(Distortion())
-    states = [self._state(d) for d in chosen]
-    names = [
-        ", ".join(f"{k} {v:g}" for k, v in asdict(d).items() if v != getattr(Distortion(), k)) for d in chosen
-    ]
-    return montage(
-        [plain.astype(np.uint8), *(s[1].astype(np.uint8) for s in states)], [self.method.value, *names],
-        [text(before), *(text(s[3]) for s in states)],
-    )
+def _numbers(scores: Mapping[str, float]) -> list[str]:
+    "Nine values in three lines."
+    items = [f"{m} {shown(scores.get(m))}" for m in METRICS]
+    return ["   ".join(items[i:i + 3]) for i in (0, 3, 6)]
 
-# %% ../../nbs/10_compare/09_distortion.ipynb #038661f9
-MetricsExplorer._state, MetricsExplorer._draw, MetricsExplorer.still = _state, _draw, _still
+@patch
+def still(self: MetricsExplorer) -> Image.Image:
+    "The image as it is and distorted, with its numbers; three examples while the sliders do nothing."
+    chosen = [self.distortion]
+    if not self.distortion.changes():
+        chosen = [Distortion(noise=0.05), Distortion(blur=1.5), Distortion(contrast=1.5)]
+    plain, _, before, _ = self._state(Distortion())
+    images, titles, numbers = [plain], [self.method.value], [_numbers(before)]
+    for d in chosen:
+        _, spoilt, _, after = self._state(d)
+        images.append(spoilt)
+        titles.append(", ".join(f"{k} {v:g}" for k, v in d.changes().items()))
+        numbers.append(_numbers(after))
+    return montage([x.astype(np.uint8) for x in images], titles, numbers)
 
 # %% ../../nbs/10_compare/09_distortion.ipynb #417cb64e
 def explore_metrics(

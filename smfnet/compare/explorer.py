@@ -7,32 +7,34 @@ __all__ = ['BRANCHES', 'GROUPS', 'LABELS', 'with_branches', 'attention_maps', 'e
            'Explorer', 'explore']
 
 # %% ../../nbs/10_compare/07_explorer.ipynb #a66c70f3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import ipywidgets as w
 import numpy as np
 import torch
+import torch.nn.functional as F
+from fastcore.basics import patch
 from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor, nn
 
-from ..network.attention import MDTA, DenseMDTA, attention_matrix
-from ..network.cai import CrossAttention
-from ..core.checks import InputError
 from .browser import choice, row, side_by_side, tick
-from .collection import fit, live_limit, score_table
+from .collection import fit, live_limit, score_table, tensors
 from .display import montage
 from .panel import Panel, watch
 from .swipe import Swipe
 from .zoom import LinkedZoom
-from ..fusion.files import load_model
-from ..network.graph import DILATIONS
+from ..core.checks import InputError
 from ..data.images import to_levels
-from ..metrics import evaluate
-from ..network.model import SMFNet
 from ..data.pairs import Content, PairSet, get_pairs
+from ..fusion.files import load_model
+from ..metrics import evaluate
+from ..network.attention import MDTA, DenseMDTA, attention_matrix
+from ..network.cai import CrossAttention
+from ..network.graph import DILATIONS
+from ..network.model import SMFNet
 
 # %% ../../nbs/10_compare/07_explorer.ipynb #2220ed49
 BRANCHES = ("base", "detail", "graph")
@@ -51,23 +53,25 @@ def with_branches(
     return model.decoder(sum(terms[1:], terms[0]))
 
 # %% ../../nbs/10_compare/07_explorer.ipynb #c7a58360
-def _matrix(module: nn.Module, x: Tensor) -> Tensor:
-    "B×C×C of one attention module for its input."
+def _query_and_key(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    "Q and K of one attention module for its input, B×C×H×W each."
     if isinstance(module, CrossAttention):
         own = torch.cat(x.chunk(2, 1))
-        q, (k, _) = (
-            module.q_local(module.q(own)).roll(x.shape[0], 0),
-            module.kv_local(module.kv(own)).chunk(2, 1),
-        )
-    else: q, k, _ = module.local(module.qkv(x)).chunk(3, 1)
-    heads = attention_matrix(q, k, module.temperature)  # B×heads×c×c
-    return torch.stack([torch.block_diag(*blocks) for blocks in heads])
+        query = module.q_local(module.q(own)).roll(x.shape[0], 0)  # each side asks with the other's features
+        return query, module.kv_local(module.kv(own)).chunk(2, 1)[0]
+    dense = isinstance(module, DenseMDTA)
+    qkv = F.conv2d(x, module.kernel(), padding=1) if dense else module.local(module.qkv(x))
+    return qkv.chunk(3, 1)[:2]
+
+def _matrix(module: nn.Module, x: Tensor) -> Tensor:
+    "B×C×C of one attention module for its input."
+    return attention_matrix(*_query_and_key(module, x), module.temperature)
 
 # %% ../../nbs/10_compare/07_explorer.ipynb #3526f0b1
 @torch.no_grad()
 def attention_maps(
     model: nn.Module,  # any part of the network
-    run,  # called without arguments, runs the model once
+    run: Callable[[], object],  # runs the model once
 ) -> dict[str, Tensor]:  # module -> B×C×C, of the module's first call
     "Attention matrices of every attention module during a run."
     found: dict[str, Tensor] = {}
@@ -90,23 +94,23 @@ def exchange_gates(
     if not model.config.graph: return {}
     graph, exchange = model.graph, model.graph.exchange
     difference = graph.embed_vis(features["vis_shallow"]) - graph.embed_ir(features["ir_shallow"])
-    gates = {
-        "infrared": torch.sigmoid(exchange.to_ir(difference)),
-        "visible": torch.sigmoid(exchange.to_vis(-difference)),
-    }
-    return {
-        f"into {side}, dilation {d}": g[i, 0] for side, g in gates.items() for i, d in enumerate(DILATIONS)
-    }
+    found = {}
+    opened = {"infrared": exchange.to_ir(difference), "visible": exchange.to_vis(-difference)}
+    for side, gates in opened.items():
+        for dilation, g in zip(DILATIONS, torch.sigmoid(gates)):
+            found[f"into {side}, dilation {dilation}"] = g[0]
+    return found
 
 # %% ../../nbs/10_compare/07_explorer.ipynb #a1dec8f7
 GROUPS = {
-    "base": ("ir_base", "vis_base", "base_fused"), "detail": ("ir_detail", "vis_detail", "detail_fused"),
-    "graph": ("graph_ir", "graph_vis", "graph_fused"), "shallow": ("ir_shallow", "vis_shallow"),
+    "base": ("ir_base", "vis_base", "base_fused"),
+    "detail": ("ir_detail", "vis_detail", "detail_fused"),
+    "graph": ("graph_ir", "graph_vis", "graph_fused"),
+    "shallow": ("ir_shallow", "vis_shallow"),
     "reconstruction": ("recon_ir", "recon_vis"),
 }
-LABELS = {
-    name: label for group in GROUPS.values() for name, label in zip(group, ("infrared", "visible", "fused"))
-}
+_SIDES = ("infrared", "visible", "fused")
+LABELS = {name: side for group in GROUPS.values() for name, side in zip(group, _SIDES)}
 
 # %% ../../nbs/10_compare/07_explorer.ipynb #9c4e5488
 def plane(
@@ -146,84 +150,88 @@ class Explorer(Panel):
     ):
         super().__init__()
         self.model, self.pairs, self.limits, self._known = model, pairs, {}, {}
-        self.pair = choice("pair", pairs.stems, value=pairs.stems[0])
-        graph = model.config.graph
-        self.what = choice(
-            "show", [*(g for g in GROUPS if graph or g != "graph"), "attention", *["gates"] * graph],
-            value="base",
-        )
-        self.channel = choice(
-            "channel", [("mean of |values|", -1), *((str(i), i) for i in range(model.config.dim))], value=-1
-        )
-        self.switches = {b: tick(f"{b} branch") for b in BRANCHES if graph or b != "graph"}
+        self._controls()
         blank = np.zeros((2, 2))
         self.zoom, self.swipe, self.effect = LinkedZoom({"": blank}), Swipe(blank, blank), w.HTML()
+        controls = row(self.pair, self.what, self.channel, *self.switches.values())
         result = w.VBox([self.swipe, self.effect])
-        self.children = [
-            row(self.pair, self.what, self.channel, *self.switches.values()), self.message,
-            side_by_side(self.zoom, result),
-        ]
+        self.children = [controls, self.message, side_by_side(self.zoom, result)]
         watch(self, self._look, self.pair, self.what, self.channel)
         watch(self, self._switch, self.pair, *self.switches.values())
         self.guard(self._look)()
         self.guard(self._switch)()
         if problems: self.message.warn("; ".join(problems))
 
-    @property
-    def on(self) -> list[str]:
-        "Branches that are switched on."
-        return [b for b, box in self.switches.items() if box.value]
+# %% ../../nbs/10_compare/07_explorer.ipynb #7acc2dc5
+@patch
+def _controls(self: Explorer) -> None:
+    "Dropdowns and switches of what this network has."
+    graph, channels = self.model.config.graph, range(self.model.config.dim)
+    groups = [g for g in GROUPS if graph or g != "graph"]
+    self.pair = choice("pair", self.pairs.stems, value=self.pairs.stems[0])
+    self.what = choice("show", [*groups, "attention", *["gates"] * graph], value="base")
+    self.channel = choice("channel", [("mean of |values|", -1), *((str(i), i) for i in channels)], value=-1)
+    self.switches = {b: tick(f"{b} branch") for b in BRANCHES if graph or b != "graph"}
+
+# %% ../../nbs/10_compare/07_explorer.ipynb #9ee689d4
+@patch(as_prop=True)
+def on(self: Explorer) -> list[str]:
+    "Branches that are switched on."
+    return [b for b, box in self.switches.items() if box.value]
 
 # %% ../../nbs/10_compare/07_explorer.ipynb #b6ffc037
+@patch
 def _state(self: Explorer) -> tuple[Content, dict]:
     "The pair, its features, attention matrices and gates."
     stem = self.pair.value
     if stem not in self._known:
-        content = fit(self.pairs.pair(stem).content, live_limit(self.model) // 2)
-        pair, found = (
-            {
-                k: torch.from_numpy(np.ascontiguousarray(getattr(content, k)))[None, None]
-                for k in ("vis", "ir")
-            },
-            {},
-        )
-        def run(): found["features"] = self.model.features(**pair)
+        content, found = fit(self.pairs.pair(stem).content, live_limit(self.model) // 2), {}
+        def run(): found["features"] = self.model.features(**tensors(content))
         found["attention"] = attention_maps(self.model, run)
         found["gates"] = exchange_gates(self.model, found["features"])
         self._known = {stem: (content, found)}
     return self._known[stem]
 
 # %% ../../nbs/10_compare/07_explorer.ipynb #d6d462d0
+def _attention_pictures(maps: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    "Title -> matrix; modules that are run on both modalities have one for each, some have two."
+    drawn = {}
+    for name, matrices in maps.items():
+        sides = ["infrared", "visible"] * (len(matrices) // 2) if len(matrices) > 1 else ["fused"]
+        for i, (matrix, side) in enumerate(zip(matrices, sides)):
+            second = " 2" if i > 1 else ""
+            drawn[f"{name.removesuffix('.attention')}, {side}{second}"] = matrix.numpy()
+    return drawn
+
+# %% ../../nbs/10_compare/07_explorer.ipynb #b05db47b
+@patch
+def _feature_pictures(self: Explorer, features: Mapping[str, Tensor]) -> tuple[dict[str, np.ndarray], str]:
+    "Title -> picture of the chosen group and channel, and a remark on the range."
+    what, channel = self.what.value, None if self.channel.value < 0 else self.channel.value
+    if what == "reconstruction":
+        return {LABELS[n]: plane(features[n]) for n in GROUPS[what]}, "reconstructed images from 0 to 1"
+    planes = {LABELS[n]: plane(features[n], channel) for n in GROUPS[what]}
+    limit = self.limits.setdefault((what, channel), limit_of(list(planes.values())))
+    signed = channel is not None
+    kind = f"mean |value| from 0 (black) to {limit:.3g} (white)"
+    if signed: kind = f"channel {channel} from {-limit:.3g} (blue) over 0 (white) to {limit:.3g} (red)"
+    remark = f"{kind}; the range was found on the first pair shown and stays"
+    return {side: picture(p, limit, signed=signed) for side, p in planes.items()}, remark
+
+# %% ../../nbs/10_compare/07_explorer.ipynb #f7b8d1db
+@patch
 def _pictures(self: Explorer) -> tuple[dict[str, np.ndarray], str]:
-    "Title -> picture of the chosen group, and a remark on the range."
+    "Title -> picture of what is chosen, and a remark on the range."
     found, what = self._state()[1], self.what.value
-    channel = None if self.channel.value < 0 else self.channel.value
     if what == "gates":
         return {k: g.numpy() for k, g in found["gates"].items()}, "gates from 0 (black) to 1 (white)"
     if what == "attention":
-        sides = lambda a: ["infrared", "visible"] * (len(a) // 2) if len(a) > 1 else ["fused"]
-        drawn = {
-            f"{name.removesuffix('.attention')}, {side}{' 2'[i > 1] * (i > 1)}": m.numpy()
-            for name, a in found["attention"].items()
-            for i, (m, side) in enumerate(zip(a, sides(a)))
-        }
-        return drawn, "attention from 0 (black) to 1 (white): a row listens to its columns"
-    planes = {
-        LABELS[n]: plane(found["features"][n], channel if what != "reconstruction" else None)
-        for n in GROUPS[what]
-    }
-    if what == "reconstruction": return planes, "reconstructed images from 0 to 1"
-    limit = self.limits.setdefault((what, channel), limit_of(list(planes.values())))
-    kind = (
-        f"mean |value| from 0 (black) to {limit:.3g} (white)"
-        if channel is None
-        else f"channel {channel} from {-limit:.3g} (blue) over 0 (white) to {limit:.3g} (red)"
-    )
-    return {
-        k: picture(p, limit, signed=channel is not None) for k, p in planes.items()
-    }, f"{kind}; the range was found on the first pair shown and stays"
+        remark = "attention from 0 (black) to 1 (white): a row listens to its columns"
+        return _attention_pictures(found["attention"]), remark
+    return self._feature_pictures(found["features"])
 
 # %% ../../nbs/10_compare/07_explorer.ipynb #a28d317e
+@patch
 def _look(self: Explorer) -> None:
     "Show the chosen features."
     content, _ = self._state()
@@ -232,53 +240,44 @@ def _look(self: Explorer) -> None:
     self.zoom.note = "; ".join([remark, *content.notes])
 
 # %% ../../nbs/10_compare/07_explorer.ipynb #6eb057c3
+def _effect(name: str, whole: np.ndarray, part: np.ndarray, content: Content) -> str:
+    "What leaving branches out does to the picture and to its metrics, as HTML; images are uint8."
+    levels = {k: to_levels(x).astype(np.float32) for k, x in (("ir", content.ir), ("vis", content.vis))}
+    score = lambda x: evaluate(fused=x.astype(np.float32), **levels, undefined="report")
+    scores = {k: score(x) for k, x in {"all branches": whole, name: part}.items()}
+    table = score_table(scores, marked=False, caption="nine metrics, protocol of Table 1")
+    change = np.abs(whole.astype(float) - part).mean()
+    return (
+        f'<div class="smf-effect" style="color:#111">{name}: differs from the whole network '
+        f'by {change:.2f} grey levels on average</div><div style="overflow-x:auto">{table}</div>'
+    )
+
+# %% ../../nbs/10_compare/07_explorer.ipynb #987a72ab
+@patch
+def _name(self: Explorer) -> str:
+    "What the chosen branches are called."
+    if len(self.on) == len(self.switches): return "all branches"
+    return f"only {' + '.join(self.on)}" if self.on else "no branch"
+
+@patch
 def _switch(self: Explorer) -> None:
     "Decode with the chosen branches, and measure what changed."
     content, found = self._state()
-    whole, part = (
-        with_branches(self.model, found["features"], on)[0, 0].numpy() for on in (BRANCHES, self.on)
-    )
-    name = (
-        "all branches"
-        if len(self.on) == len(self.switches)
-        else f"only {' + '.join(self.on)}"
-        if self.on
-        else "no branch"
-    )
-    self.swipe.set(to_levels(whole), to_levels(part), titles=("all branches", name))
-    rows = (
-        {"all branches": whole} if len(self.on) == len(self.switches) else {"all branches": whole, name: part}
-    )
-    levels = {k: to_levels(x).astype(np.float32) for k, x in (("ir", content.ir), ("vis", content.vis))}
-    scores = {
-        k: evaluate(fused=to_levels(x).astype(np.float32), **levels, undefined="report")
-        for k, x in rows.items()
-    }
-    change = 255 * np.abs(to_levels(whole) / 255 - to_levels(part) / 255).mean()
-    self.effect.value = (
-        f'<div class="smf-effect" style="color:#111">{name}: differs from the whole network by {change:.2f} grey levels on average</div>'
-        '<div style="overflow-x:auto">'
-        + score_table(scores, marked=False, caption="nine metrics, protocol of Table 1")
-        + "</div>"
-    )
+    decoded = lambda on: to_levels(with_branches(self.model, found["features"], on)[0, 0].numpy())
+    whole, part = decoded(BRANCHES), decoded(self.on)
+    self.swipe.set(whole, part, titles=("all branches", self._name()))
+    self.effect.value = _effect(self._name(), whole, part, content)
 
 # %% ../../nbs/10_compare/07_explorer.ipynb #e1e25ae1
-def _still(self: Explorer) -> Image.Image:
+@patch
+def still(self: Explorer) -> Image.Image:
     "The chosen features, and what the result is without each branch."
     images, features = self._pictures()[0], self._state()[1]["features"]
-    results = {"result": set(self.on), **{f"without {b}": set(self.on) - {b} for b in self.on}}
-    decoded = {
-        k: to_levels(with_branches(self.model, features, on)[0, 0].numpy()) for k, on in results.items()
-    }
-    return montage(
-        [*images.values(), *decoded.values()], [*(f"{self.what.value} {k}" for k in images), *decoded],
-        columns=4 if len(images) == 3 else 3, side=240,
-    )
-
-# %% ../../nbs/10_compare/07_explorer.ipynb #6b0b6d1b
-Explorer._state, Explorer._pictures, Explorer._look, Explorer._switch, Explorer.still = (
-    _state, _pictures, _look, _switch, _still,
-)
+    results = {"result": set(self.on)} | {f"without {b}": set(self.on) - {b} for b in self.on}
+    shown = {f"{self.what.value} {k}": image for k, image in images.items()}
+    for name, on in results.items():
+        shown[name] = to_levels(with_branches(self.model, features, on)[0, 0].numpy())
+    return montage(list(shown.values()), list(shown), columns=4 if len(images) == 3 else 3, side=240)
 
 # %% ../../nbs/10_compare/07_explorer.ipynb #01612750
 def explore(
@@ -286,11 +285,15 @@ def explore(
     *,
     weights: str | Path = "tiny",  # shipped model or weights file
 ) -> Explorer:
-    "An explorer of a model on a set; what cannot be opened becomes a message, and the shipped model or scenes are shown instead."
+    "An explorer of a model on a set; for what cannot be opened, a message and the shipped model or scenes."
     problems = []
     try: model = load_model(weights, device="cpu")
-    except InputError as e: problems.append(f"{e}; the shipped model is shown"); model = load_model("tiny", device="cpu")
+    except InputError as e:
+        problems.append(f"{e}; the shipped model is shown")
+        model = load_model("tiny", device="cpu")
     head, _, split = str(name).partition(":")
     try: pairs = get_pairs(head, split or None, strict=False)
-    except InputError as e: problems.append(f"{e}; rendered scenes are shown"); pairs = get_pairs("scenes", "test")
+    except InputError as e:
+        problems.append(f"{e}; rendered scenes are shown")
+        pairs = get_pairs("scenes", "test")
     return Explorer(model, pairs, problems=problems)

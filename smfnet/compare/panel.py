@@ -17,8 +17,13 @@ import ipywidgets as w
 from fastcore.basics import patch
 from PIL import Image
 
-from ..core.checks import InputError
 from .swipe import add_still
+from ..core.checks import InputError
+
+# %% ../../nbs/10_compare/04_panel.ipynb #5240cf5d
+_LINE = "color:#111;line-height:1.4;padding:2px 8px"
+_STATUS = ("status", "", _LINE)  # role, sign, style
+_ALERT = ("alert", "⚠ ", f"{_LINE};background:#fff3e0;border-left:4px solid #d55e00")
 
 # %% ../../nbs/10_compare/04_panel.ipynb #01cffa3a
 class Message(w.HTML):
@@ -41,15 +46,10 @@ class Message(w.HTML):
 
     def _put(self, text: str, error: bool) -> None:
         self.text, self.error = " ".join(str(text).split()), error
-        style = (
-            "background:#fff3e0;border-left:4px solid #d55e00;padding:2px 8px" if error else "padding:2px 8px"
-        )
-        shown = escape(("⚠ " if error else "") + self.text)
-        self.value = (
-            f'<div class="smf-message" role="{"alert" if error else "status"}" style="color:#111;line-height:1.4;{style}">{shown}</div>'
-            if shown
-            else ""
-        )
+        role, sign, style = _ALERT if error else _STATUS
+        shown = escape(sign + self.text)
+        line = f'<div class="smf-message" role="{role}" style="{style}">{shown}</div>'
+        self.value = line if self.text or error else ""
 
 # %% ../../nbs/10_compare/04_panel.ipynb #80295f87
 class Panel(w.VBox):
@@ -61,24 +61,6 @@ class Panel(w.VBox):
         super().__init__(layout=w.Layout(width="100%", **layout))
         self.message, self._depth = Message(), 0
 
-    @contextmanager
-    def careful(self):
-        "Turn every error of the block into a message; the block is cut short, the kernel goes on."
-        if not self._depth: self.message.say("")
-        self._depth += 1
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore"
-                )  # decoders remark on damaged files, which get our own sentence
-                yield
-        except InputError as e: self.message.warn(str(e))
-        except MemoryError: self.message.warn("not enough memory for this image; use a smaller one")
-        except Exception as e:
-            logging.getLogger("smfnet.compare").exception("a widget failed")
-            self.message.warn(f"this did not work ({type(e).__name__}: {e}); please report it")
-        finally: self._depth -= 1
-
     def still(self) -> Image.Image:
         "The panel as a picture."
         raise TypeError(f"{type(self).__name__} has no static picture; define still()")
@@ -86,6 +68,30 @@ class Panel(w.VBox):
     def _repr_mimebundle_(self, **kwargs):
         "The live view, and the picture."
         return add_still(super()._repr_mimebundle_(**kwargs), self.still())
+
+# %% ../../nbs/10_compare/04_panel.ipynb #7f8498ba
+@patch
+def _explain(self: Panel, e: Exception) -> None:
+    "Show an error as a sentence; what is a defect is logged in full."
+    if isinstance(e, InputError): return self.message.warn(str(e))
+    if isinstance(e, MemoryError):
+        return self.message.warn("not enough memory for this image; use a smaller one")
+    logging.getLogger("smfnet.compare").error("a widget failed", exc_info=e)
+    self.message.warn(f"this did not work ({type(e).__name__}: {e}); please report it")
+
+# %% ../../nbs/10_compare/04_panel.ipynb #300dbe7b
+@patch
+@contextmanager
+def careful(self: Panel):
+    "Turn every error of the block into a message; the block is cut short, the kernel goes on."
+    if not self._depth: self.message.say("")
+    self._depth += 1
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks of decoders on damaged files, which have our sentence
+            yield
+    except Exception as e: self._explain(e)
+    finally: self._depth -= 1
 
 # %% ../../nbs/10_compare/04_panel.ipynb #1f710429
 @patch

@@ -18,12 +18,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..core.checks import InputError
+from ..core.progress import track
 from ..data.images import (EXTENSIONS, Pair, Pairs, Picture, check_range, find_pairs, read_pair,
                                 to_levels, write_image)
 from ..fast.prepared import prepare_for_inference
-from ..network.released import load_released
-from ..network.model import SMFNet
 from ..fast.tiles import parse_memory
+from ..network.model import SMFNet
+from ..network.released import load_released
 
 # %% ../../nbs/06_fusion/02_files.ipynb #2db12e9f
 def pick_device(
@@ -42,25 +43,31 @@ def pick_device(
     return device
 
 # %% ../../nbs/06_fusion/02_files.ipynb #502df2a2
+def _load_known(path: Path) -> nn.Module:
+    "A checkpoint of the release, or a file of ours; if it is neither, the finding about our format counts."
+    if path.suffix.lower() != ".safetensors": return load_released(path)
+    try: return SMFNet.load(path)
+    except InputError as own:
+        try: return load_released(path)
+        except InputError:
+            raise own from None
+
+# %% ../../nbs/06_fusion/02_files.ipynb #9af4abc4
 def _load_file(path: Path) -> nn.Module:
     if not path.is_file():
         raise InputError(
-            f"{path}: no such weights file; give 'tiny' (shipped), the authors' checkpoint, or a .safetensors file of your own (make reproduce trains one)"
+            f"{path}: no such weights file; give 'tiny' (shipped), the authors' checkpoint, "
+            "or a .safetensors file of your own (make reproduce trains one)"
         )
-    try:
-        if path.suffix.lower() != ".safetensors": return load_released(path)
-        try: return SMFNet.load(path)
-        except InputError as own:
-            try:
-                return load_released(path)
-            except InputError:
-                raise own from None
+    try: return _load_known(path)
     except InputError as e:
-        raise e if str(path) in str(e) else InputError(f"{path}: {e}") from e
+        if str(path) in str(e):
+            raise
+        raise InputError(f"{path}: {e}") from e
 
 # %% ../../nbs/06_fusion/02_files.ipynb #30682125
 def load_model(
-    weights: str | Path = "tiny",  # name of a shipped model, a weights file, or a checkpoint of the authors' release
+    weights: str | Path = "tiny",  # a shipped model, a weights file, or a released checkpoint
     *,
     device: str = "auto",  # "auto", "cpu", "cuda"
 ) -> nn.Module:  # in evaluation mode
@@ -75,30 +82,32 @@ def _stretched(fused: np.ndarray) -> np.ndarray:
     lo, hi = fused.min(), fused.max()
     return (fused - lo) / (hi - lo) if hi > lo else fused
 
+# %% ../../nbs/06_fusion/02_files.ipynb #271fdb7d
 def _no_memory(e: Exception) -> bool:
     return isinstance(e, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(e)
+
+def _too_large(model, vis: Picture, device) -> InputError:
+    "What to say about a picture for which the memory does not suffice."
+    h, w = vis.size
+    budget = "give a smaller max_memory (--max-memory) or " if hasattr(model, "max_memory") else ""
+    return InputError(
+        f"{vis.path}: {w}×{h} pixels do not fit into the memory of {getattr(model, 'device', device)}; "
+        f"{budget}fuse a smaller image"
+    )
 
 # %% ../../nbs/06_fusion/02_files.ipynb #a8922c58
 def _run(model, vis: Picture, ir: Picture) -> np.ndarray:
     "H×W float32 out of `model.fuse`; a lack of memory becomes an `InputError`."
     first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     device = "cpu" if first is None else first.device
-    x = {
-        k: torch.from_numpy(np.ascontiguousarray(p.luminance))[None, None].to(device)
-        for k, p in (("vis", vis), ("ir", ir))
-    }
+    tensor = lambda p: torch.from_numpy(np.ascontiguousarray(p.luminance))[None, None].to(device)
     try:
-        with torch.inference_mode(): return model.fuse(**x)[0, 0].float().cpu().numpy()
+        with torch.inference_mode():
+            return model.fuse(vis=tensor(vis), ir=tensor(ir))[0, 0].float().cpu().numpy()
     except (RuntimeError, MemoryError) as e:
         if not _no_memory(e):
             raise
-        (h, w), budget = (
-            vis.size,
-            "give a smaller max_memory (--max-memory) or " if hasattr(model, "max_memory") else "",
-        )
-        raise InputError(
-            f"{vis.path}: {w}×{h} pixels do not fit into the memory of {getattr(model, 'device', device)}; {budget}fuse a smaller image"
-        ) from e
+        raise _too_large(model, vis, device) from e
 
 # %% ../../nbs/06_fusion/02_files.ipynb #254ec346
 def fuse_pictures(
@@ -108,7 +117,7 @@ def fuse_pictures(
     ir: Picture,  # infrared, of the same size
     stretch: bool = False,  # stretch the result to [0,1]
 ) -> np.ndarray:  # H×W float32, fused luminance, unrounded
-    "Fuse the luminance of a pair; `InputError` if the method returns another size or values that are not finite."
+    "Fuse the luminance of a pair; `InputError` if the result has another size or is not finite."
     if getattr(model, "training", False):
         raise InputError("model: is in training mode; call model.eval() first")
     fused = _run(model, vis, ir)
@@ -138,7 +147,10 @@ def _guard(target: Path, pair: Pair) -> None:
             )
 
 # %% ../../nbs/06_fusion/02_files.ipynb #1aa03e98
-def _fuse_files(model, pair: Pair, target: Path | None, log: Callable[[str], None], *, stretch, range) -> np.ndarray:
+def _fuse_files(
+    model, pair: Pair, target: Path | None, log: Callable[[str], None], *, stretch: bool, range
+) -> np.ndarray:
+    "Read, fuse, write unless `target` is None; levels as in the file."
     ir, vis = read_pair(ir=pair.ir, vis=pair.vis, range=range)
     for picture in (ir, vis):
         for note in picture.notes: log(f"{picture.path.name}: {note}")
@@ -148,7 +160,7 @@ def _fuse_files(model, pair: Pair, target: Path | None, log: Callable[[str], Non
 
 # %% ../../nbs/06_fusion/02_files.ipynb #35439fbc
 def _as_model(model, device: str, max_memory: int | str | None = None):
-    "An object as it is; weights loaded and prepared, or as they are if their variant of the network cannot be prepared."
+    "An object as it is; weights are loaded, and prepared if their variant of the network can be."
     if max_memory is not None: parse_memory(max_memory)
     if model is not None and not isinstance(model, str | Path): return model
     loaded = load_model(model or "tiny", device=device)
@@ -163,12 +175,12 @@ def fuse_pair(
     *,
     ir: str | Path,  # infrared file
     vis: str | Path,  # visible file
-    out: str | Path | None = None,  # .png file, or folder that receives <stem of vis>.png; None: write nothing
+    out: str | Path | None = None,  # .png file, or folder for <stem of vis>.png; None: write nothing
     model=None,  # object with fuse(vis=, ir=), or weights for `load_model`; None: the shipped model
     stretch: bool = False,  # stretch the fused luminance to the full range
     range: tuple[float, float] | None = None,  # infrared values that become 0 and 1, in the file's units
     device: str = "auto",  # where weights are loaded to; ignored for an object
-    max_memory: int | str | None = None,  # "4GB", "500MB", bytes for one pair; None: from what is free; ignored for an object
+    max_memory: int | str | None = None,  # of a pair: "4GB", bytes; None: what is free; ignored for an object
     log: Callable[[str], None] = print,  # receives remarks, e.g. the thermal range
 ) -> np.ndarray:  # H×W or H×W×3, uint8 or uint16, as in the file
     "Fuse two files into a PNG of the visible file's size, depth and colour; `InputError` for bad input."
@@ -229,6 +241,17 @@ def _each_once(log: Callable[[str], None]) -> Callable[[str], None]:
         seen.add(remark)
     return say
 
+# %% ../../nbs/06_fusion/02_files.ipynb #b49c5a84
+def _fuse_into(report: FusionReport, model, pair: Pair, log, skip_existing: bool, **options) -> None:
+    "One pair of a folder: its image is written or was there already, or the report says why not."
+    target = report.out / f"{pair.stem}.png"
+    try:
+        _guard(target, pair)
+        if skip_existing and target.is_file(): return report.skipped.append(target)
+        _fuse_files(model, pair, target, log, **options)
+        report.written.append(target)
+    except InputError as e: report.problems[pair.stem] = str(e)
+
 # %% ../../nbs/06_fusion/02_files.ipynb #58c36e2e
 def fuse_folder(
     *,
@@ -239,23 +262,15 @@ def fuse_folder(
     stretch: bool = False,  # stretch the fused luminance to the full range
     range: tuple[float, float] | None = None,  # infrared values that become 0 and 1, in the files' units
     device: str = "auto",  # where weights are loaded to; ignored for an object
-    max_memory: int | str | None = None,  # "4GB", "500MB", bytes for one pair; None: from what is free; ignored for an object
+    max_memory: int | str | None = None,  # of a pair: "4GB", bytes; None: what is free; ignored for an object
     skip_existing: bool = False,  # leave images alone that are there already
-    progress: bool = True,  # show a bar
+    progress: bool = True,  # show how far it is
 ) -> FusionReport:  # what was written, skipped, and what failed and why
-    "Fuse all pairs of two folders, matched by stem; bad pairs are reported, bad arguments raise `InputError`."
+    "Fuse all pairs of two folders, matched by stem; bad pairs are reported, bad arguments are `InputError`s."
     if range is not None: check_range(range)
     found = find_pairs(ir=ir, vis=vis)
     report = FusionReport(_prepare(out, found, (ir, vis)), problems=dict(found.problems))
     model, say = _as_model(model, device, max_memory), _each_once(tqdm.write)
-    for pair in tqdm(found.pairs, desc="fusing", unit="pair", disable=not progress):
-        target = report.out / f"{pair.stem}.png"
-        try:
-            _guard(target, pair)
-            if skip_existing and target.is_file():
-                report.skipped.append(target)
-                continue
-            _fuse_files(model, pair, target, say, stretch=stretch, range=range)
-            report.written.append(target)
-        except InputError as e: report.problems[pair.stem] = str(e)
+    for pair in track(found.pairs, desc="fusing", unit="pair", show=progress):
+        _fuse_into(report, model, pair, say, skip_existing, stretch=stretch, range=range)
     return report

@@ -21,14 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..network.attention import MDTA, DenseMDTA
-from ..network.cai import CrossAttention
-from ..fast.prepared import joined_kernel
-from ..fast.training import as_written
 from ..core.checks import MIN_SIDE, InputError, check_pair, toy_pair
+from ..core.provenance import atomic_path
+from ..network.attention import MDTA, DenseMDTA, Pointwise, TransformerBlock
+from ..network.cai import CrossAttention
 from ..network.graph import EdgeMessages, GraphReasoning, interleave
 from ..network.model import SMFNet
-from ..core.provenance import atomic_path
 
 # %% ../../nbs/06_fusion/04_onnx.ipynb #58ed793c
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -55,6 +53,12 @@ class _ExportDenseMDTA(DenseMDTA):
         q, k, v = self.local(x).chunk(3, 1)  # `local` holds both convolutions, see `_fold`
         return _attended(q, k, v, self.temperature, self.out)
 
+# %% ../../nbs/06_fusion/04_onnx.ipynb #13ee1e57
+class _ExportBlock(TransformerBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.feed_forward(self.norm2(x))
+
 # %% ../../nbs/06_fusion/04_onnx.ipynb #cce51f7e
 def _parts(x: Tensor, n: int) -> tuple[Tensor, ...]:
     "Split nB×… into n tensors of B×…"
@@ -63,26 +67,24 @@ def _parts(x: Tensor, n: int) -> tuple[Tensor, ...]:
 # %% ../../nbs/06_fusion/04_onnx.ipynb #9e74d78e
 class _ExportCross(CrossAttention):
     def forward(self, x: Tensor) -> Tensor:
-        own, other = (torch.cat(halves) for halves in (x.chunk(2, 1), x.chunk(2, 1)[::-1]))
+        first, second = x.chunk(2, 1)
+        own, other = torch.cat([first, second]), torch.cat([second, first])
         k, v = self.kv_local(self.kv(own)).chunk(2, 1)
-        return torch.cat(
-            _parts(_attended(self.q_local(self.q(other)), k, v, self.temperature, self.out), 2), 1
-        )
+        attended = _attended(self.q_local(self.q(other)), k, v, self.temperature, self.out)
+        return torch.cat(_parts(attended, 2), 1)
 
 # %% ../../nbs/06_fusion/04_onnx.ipynb #2e99e2d8
 class _ExportMessages(EdgeMessages):
     def forward(self, nodes: Tensor) -> Tensor:
         messages, nodes = [], _parts(nodes, 3)
+        gate = lambda node, other, w: torch.sigmoid(F.conv2d(node - other, w[None]))
         for i, node in enumerate(nodes):
             first, second = nodes[:i] + nodes[i + 1:]
-            g0, g1 = (
-                torch.sigmoid(F.conv2d(node - other, w[None]))
-                for w, other in zip(self.weight, (first, second))
-            )
-            slip = self.edge_gating == "channel_interleaved"
-            messages.append(
-                interleave(g0, g1, node.shape[1]) * (first + second) if slip else g0 * first + g1 * second
-            )
+            g0, g1 = gate(node, first, self.weight[0]), gate(node, second, self.weight[1])
+            if self.edge_gating == "channel_interleaved":
+                messages.append(interleave(g0, g1, node.shape[1]) * (first + second))
+            else:
+                messages.append(g0 * first + g1 * second)
         return torch.cat(messages)
 
 # %% ../../nbs/06_fusion/04_onnx.ipynb #6750e046
@@ -94,8 +96,8 @@ class _ExportGraph(GraphReasoning):
 
 # %% ../../nbs/06_fusion/04_onnx.ipynb #ebbcb3e0
 _ROUTES = {
-    MDTA: _ExportMDTA, DenseMDTA: _ExportDenseMDTA, CrossAttention: _ExportCross,
-    EdgeMessages: _ExportMessages, GraphReasoning: _ExportGraph,
+    Pointwise: nn.Conv2d, MDTA: _ExportMDTA, DenseMDTA: _ExportDenseMDTA, TransformerBlock: _ExportBlock,
+    CrossAttention: _ExportCross, EdgeMessages: _ExportMessages, GraphReasoning: _ExportGraph,
 }
 
 # %% ../../nbs/06_fusion/04_onnx.ipynb #b433333a
@@ -103,7 +105,7 @@ def _fold(module: nn.Module) -> None:
     "Join T2's two convolutions; join convolution and BatchNorm where they follow each other."
     if isinstance(module, DenseMDTA):
         joined = nn.Conv2d(module.qkv.in_channels, module.local.out_channels, 3, padding=1, bias=False)
-        joined.weight = nn.Parameter(joined_kernel(module).detach())
+        joined.weight = nn.Parameter(module.kernel().detach())
         module.qkv, module.local = nn.Identity(), joined
     if isinstance(module, nn.Sequential):
         for i in range(len(module) - 1):
@@ -112,13 +114,13 @@ def _fold(module: nn.Module) -> None:
 
 # %% ../../nbs/06_fusion/04_onnx.ipynb #c5cd289a
 class ExportableFusion(nn.Module):
-    "Stage II of a copy of the network, for exporters: plain operators, no checks, positional inputs, folded weights."
+    "Stage II of a copy of the network for exporters: plain operators, no checks, folded weights."
     def __init__(
         self,
         model: SMFNet,  # left unchanged
     ):
         super().__init__()
-        self.network = as_written(copy.deepcopy(model)).float().cpu().eval().requires_grad_(False)
+        self.network = copy.deepcopy(model).float().cpu().eval().requires_grad_(False)
         for module in list(self.network.modules()): _fold(module)
         for module in self.network.modules(): module.__class__ = _ROUTES.get(type(module), type(module))
 
@@ -138,9 +140,7 @@ class ExportableFusion(nn.Module):
 
 # %% ../../nbs/06_fusion/04_onnx.ipynb #526398ae
 FORMAT = "smfnet-onnx-1"
-TOLERANCE = (
-    1e-4  # largest difference from the network that an exported file may show; typical are 1e-6 to 1e-5
-)
+TOLERANCE = 1e-4  # largest difference from the network that an exported file may show; typical: 1e-6 to 1e-5
 
 # %% ../../nbs/06_fusion/04_onnx.ipynb #be5c314e
 def _needs(*modules: str) -> None:
@@ -181,34 +181,45 @@ def _recorded(model: SMFNet):
         )
 
 # %% ../../nbs/06_fusion/04_onnx.ipynb #bd09c038
-def export_onnx(
-    model: SMFNet,  # any weights, on any device; left unchanged
-    path: str | Path,  # ends in .onnx
-    **metadata: str,  # anything worth remembering, e.g. the name of the weights
-) -> float:  # largest difference from the network on the pair that was tried, at most `TOLERANCE`
-    "Write the network as ONNX with free batch and size, checked and atomically; `InputError` without the extra or for another model."
+def _checked_name(model, path: str | Path) -> None:
+    "Raise `InputError` for what cannot be exported, or not under this name."
     if not isinstance(model, SMFNet):
         raise InputError(
             f"model: {type(model).__name__} cannot be exported; give an SMFNet, e.g. from load_model"
         )
     if Path(path).suffix.lower() != ".onnx":
         raise InputError(f"{path}: let the name end in .onnx")
+
+# %% ../../nbs/06_fusion/04_onnx.ipynb #0b776048
+def _difference(model: SMFNet, path: Path) -> float:
+    "Largest difference between an exported file and its network, on a pair of a size that was not recorded."
+    pair, reference = toy_pair(37, 29), copy.deepcopy(model).float().cpu().eval()
+    return float((OnnxModel(path).fuse(**pair) - reference.fuse(**pair)).abs().max())
+
+# %% ../../nbs/06_fusion/04_onnx.ipynb #cbdd1706
+def export_onnx(
+    model: SMFNet,  # any weights, on any device; left unchanged
+    path: str | Path,  # ends in .onnx
+    **metadata: str,  # anything worth remembering, e.g. the name of the weights
+) -> float:  # largest difference from the network on the pair that was tried, at most `TOLERANCE`
+    "Write the network as ONNX with free batch and size, checked and atomically; `InputError` if it cannot."
+    _checked_name(model, path)
     _needs("onnx", "onnxscript", "onnxruntime")
     try: program = _recorded(model)
     except Exception as e:  # whatever an exporter of another version stumbles over
         raise InputError(
-            f"{path}: PyTorch {torch.__version__} could not export the network; the versions of requirements/constraints.txt can"
+            f"{path}: PyTorch {torch.__version__} could not export the network; "
+            "the versions of requirements/constraints.txt can"
         ) from e
-    program.model.metadata_props.update(
-        {"format": FORMAT, "config": json.dumps(asdict(model.config)), **metadata}
-    )
+    about = {"format": FORMAT, "config": json.dumps(asdict(model.config))}
+    program.model.metadata_props.update(about | metadata)
     with atomic_path(path) as part:
         program.save(part)
-        pair, reference = toy_pair(37, 29), copy.deepcopy(model).float().cpu().eval()
-        difference = float((OnnxModel(part).fuse(**pair) - reference.fuse(**pair)).abs().max())
+        difference = _difference(model, part)
         if not difference <= TOLERANCE:
             raise InputError(
-                f"{path}: the exported network differs by {difference:.1e} from the original; nothing was written; try other versions of torch and onnxruntime"
+                f"{path}: the exported network differs by {difference:.1e} from the original; "
+                "nothing was written; try other versions of torch and onnxruntime"
             )
     return difference
 
@@ -220,16 +231,17 @@ def _session(path: Path, threads: int):
     if not path.is_file():
         raise InputError(f"{path}: no such file; write one with `smfnet export-onnx`")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 4  # fatal errors only
     try: session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as e:  # the runtime's errors have no common base
-        raise InputError(
-            f"{path}: ONNX Runtime cannot read it ({str(e).splitlines()[0][:120]}); export the network again"
-        ) from e
+        why = str(e).splitlines()[0][:120]
+        raise InputError(f"{path}: ONNX Runtime cannot read it ({why}); export the network again") from e
     found = session.get_modelmeta().custom_metadata_map.get("format")
     if found != FORMAT:
         raise InputError(
-            f"{path}: ONNX, but not written by `smfnet export-onnx` (format {found!r}); export the network again"
+            f"{path}: ONNX, but not written by `smfnet export-onnx` (format {found!r}); "
+            "export the network again"
         )
     return session
 
@@ -254,11 +266,8 @@ class OnnxModel:
     ) -> Tensor:  # B×1×H×W, [0,1], on the CPU
         "Fuse pairs of luminance images; `InputError` for a bad pair, `MemoryError` if it does not fit."
         check_pair(vis=vis, ir=ir)
-        arrays = {
-            k: np.ascontiguousarray(x.detach().cpu().numpy(), np.float32)
-            for k, x in (("vis", vis), ("ir", ir))
-        }
-        try: return torch.from_numpy(self.session.run(["fused"], arrays)[0])
+        array = lambda x: np.ascontiguousarray(x.detach().cpu().numpy(), np.float32)
+        try: return torch.from_numpy(self.session.run(["fused"], {"vis": array(vis), "ir": array(ir)})[0])
         except Exception as e:
             if "alloc" in str(e):
                 raise MemoryError(f"{self.path}: {tuple(vis.shape)} does not fit into memory") from e

@@ -23,10 +23,11 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from ..core.checks import MIN_SIDE, InputError
-from .files import _as_model, fuse_pictures
+from ..core.progress import track
+from ..core.provenance import atomic_path
 from ..data.images import (EXTENSIONS, Picture, Pixels, _infrared, _visible, check_range, find_source,
                                 list_images, read_pixels, thermal_range, to_levels, write_image)
-from ..core.provenance import atomic_path
+from .files import _as_model, fuse_pictures
 
 # %% ../../nbs/06_fusion/03_video.ipynb #063e9050
 def _av():
@@ -34,7 +35,8 @@ def _av():
     try: import av
     except ImportError as e:
         raise InputError(
-            "video files need PyAV, which is not installed: pip install 'smfnet[video]'; folders of images work without it"
+            "video files need PyAV, which is not installed: pip install 'smfnet[video]'; "
+            "folders of images work without it"
         ) from e
     return av
 
@@ -43,12 +45,12 @@ def frame_pixels(
     frame,  # av.VideoFrame
 ) -> Pixels:  # H×W in the stored depth, or H×W×3 with 8 or 16 bits
     "Samples of a decoded frame in its own units: grey stays as it is, everything else becomes RGB."
-    name, bits = frame.format.name, max(c.bits for c in frame.format.components)
+    name = frame.format.name
     grey = re.fullmatch(r"gray(\d*)(le|be)?", name)
     if grey: return Pixels(frame.to_ndarray(), float(2 ** int(grey[1] or 8) - 1), name)
-    return Pixels(
-        frame.to_ndarray(format="rgb24" if bits <= 8 else "rgb48le"), 255.0 if bits <= 8 else 65535.0, name
-    )
+    if max(c.bits for c in frame.format.components) <= 8:
+        return Pixels(frame.to_ndarray(format="rgb24"), 255.0, name)
+    return Pixels(frame.to_ndarray(format="rgb48le"), 65535.0, name)
 
 # %% ../../nbs/06_fusion/03_video.ipynb #8f2e97e1
 def _natural(path: Path) -> list:
@@ -69,26 +71,37 @@ class Clip:
         "Name and samples of each frame in turn; `InputError` names a frame that cannot be read."
         return ((f, read_pixels(f)) for f in self.files) if self.files else _decoded(self)
 
-# %% ../../nbs/06_fusion/03_video.ipynb #85609440
+# %% ../../nbs/06_fusion/03_video.ipynb #4efb487a
 _DAMAGE = re.compile(r"CRC mismatch|error while decoding|conceal|corrupt|damaged", re.I)
 
-# %% ../../nbs/06_fusion/03_video.ipynb #4efb487a
 def _next_frame(av, frames: Iterator) -> tuple:
-    "The next frame or None, and what the decoder says about damage in it: many decoders conceal it and only log."
+    "The next frame or None, and what the decoder logs about damage in it, which it may have concealed."
     level = av.logging.get_level()
     av.logging.set_level(av.logging.ERROR)
     try:
         with av.logging.Capture() as lines: frame = next(frames, None)
     finally: av.logging.set_level(level)
     said = " ".join(text for _, _, text in lines)
-    return frame, said.strip() if _DAMAGE.search(said) or frame is not None and frame.is_corrupt else ""
+    damaged = _DAMAGE.search(said) or frame is not None and frame.is_corrupt
+    return frame, said.strip() if damaged else ""
+
+# %% ../../nbs/06_fusion/03_video.ipynb #c0e51799
+def _whole(clip: Clip, found: int) -> None:
+    "Raise `InputError` if a file ends well before the number of frames that its header states."
+    expected = clip.count or clip.roughly or 0
+    if found < 0.95 * expected - 1:
+        raise InputError(
+            f"{clip.path}: ends after frame {found} of {expected} that its header states; "
+            "the file is cut off, copy it again"
+        )
 
 # %% ../../nbs/06_fusion/03_video.ipynb #867a1a9a
 def _decoded(clip: Clip) -> Iterator[tuple[Path, Pixels]]:
     "Frames of a video file."
     av, number = _av(), 0
     bad = lambda why: InputError(
-        f"{clip.path}: frame {number + 1} cannot be decoded ({why}); repair the file or cut it before this frame"
+        f"{clip.path}: frame {number + 1} cannot be decoded ({why}); "
+        "repair the file or cut it before this frame"
     )
     try:
         with av.open(str(clip.path)) as container:
@@ -104,29 +117,29 @@ def _decoded(clip: Clip) -> Iterator[tuple[Path, Pixels]]:
                 number += 1
     except av.FFmpegError as e:
         raise bad(e.strerror or e) from e
-    expected = clip.count or clip.roughly or 0
-    if number < 0.95 * expected - 1:
-        raise InputError(
-            f"{clip.path}: ends after frame {number} of {expected} that its header states; the file is cut off, copy it again"
-        )
+    _whole(clip, number)
 
 # %% ../../nbs/06_fusion/03_video.ipynb #4154e402
+def _header(path: Path, container) -> Clip:
+    "What the header of a video file says of its first video stream."
+    if not container.streams.video:
+        raise InputError(f"{path}: holds no video stream; give a video file")
+    stream = container.streams.video[0]
+    seconds = container.duration / 1_000_000 if container.duration and len(container.streams) == 1 else 0
+    rate = stream.average_rate or stream.guessed_rate
+    roughly = round(seconds * rate) if rate and seconds else None
+    return Clip(path, (), rate, stream.frames or None, roughly)
+
 def _video(path: Path) -> Clip:
     "Look into the header of a video file."
     av = _av()
     try:
-        with av.open(str(path)) as c:
-            if not c.streams.video:
-                raise InputError(f"{path}: holds no video stream; give a video file")
-            stream = c.streams.video[0]
-            seconds = c.duration / 1_000_000 if c.duration and len(c.streams) == 1 else 0
-            rate = stream.average_rate or stream.guessed_rate
-            return Clip(
-                path, (), rate, stream.frames or None, round(seconds * rate) if rate and seconds else None
-            )
+        with av.open(str(path)) as container:
+            return _header(path, container)
     except (av.FFmpegError, OSError) as e:
+        why = getattr(e, "strerror", None) or e
         raise InputError(
-            f"{path}: not a readable video ({getattr(e, 'strerror', None) or e}); export it again, for example as .mkv"
+            f"{path}: not a readable video ({why}); export it again, for example as .mkv"
         ) from e
 
 # %% ../../nbs/06_fusion/03_video.ipynb #f1c125ab
@@ -134,7 +147,7 @@ def open_clip(
     path: str | Path,  # video file, folder of images, or a data-set root that holds the folder
     modality: str = "vis",  # "ir" or "vis": the folder names to look for under a root
 ) -> Clip:
-    "Find the frames of one modality; `InputError` for a single image, a file that is no video, or a doubled frame."
+    "Find the frames of one modality; `InputError` for a single image, no video, or a frame given twice."
     source = find_source(path, modality)
     if source.is_file():
         if source.suffix.lower() in EXTENSIONS and source.suffix.lower() != ".gif":
@@ -150,6 +163,17 @@ def open_clip(
     return Clip(source, files, None, len(files))
 
 # %% ../../nbs/06_fusion/03_video.ipynb #383298ba
+def _same_names(ir: Clip, vis: Clip) -> None:
+    "Raise `InputError` for a frame without its partner, if two folders use the same names at all."
+    names = [{f.stem: f for f in c.files} for c in (ir, vis)]
+    lonely = sorted(names[0].keys() ^ names[1].keys()) if names[0].keys() & names[1].keys() else []
+    if lonely:
+        raise InputError(
+            f"{(names[0] | names[1])[lonely[0]]}: has no partner of the same name, "
+            "so the frames are out of step; remove it or add the other"
+        )
+
+# %% ../../nbs/06_fusion/03_video.ipynb #de52a574
 def _same(ir: Clip, vis: Clip, fps) -> None:
     "Compare what the two clips say of themselves."
     if os.path.samefile(ir.path, vis.path):
@@ -158,12 +182,7 @@ def _same(ir: Clip, vis: Clip, fps) -> None:
         raise InputError(
             f"{ir.path} has {ir.count} frames and {vis.path} has {vis.count}; cut both to the same length"
         )
-    names = [{f.stem: f for f in c.files} for c in (ir, vis)]
-    lonely = sorted(names[0].keys() ^ names[1].keys()) if names[0].keys() & names[1].keys() else []
-    if lonely:
-        raise InputError(
-            f"{(names[0] | names[1])[lonely[0]]}: has no partner of the same name, so the frames are out of step; remove it or add the other"
-        )
+    _same_names(ir, vis)
     if fps is None and ir.rate and vis.rate and abs(ir.rate - vis.rate) > max(ir.rate, vis.rate) / 1000:
         raise InputError(
             f"{ir.path} has {float(ir.rate):.5g} frames per second and {vis.path} has {float(vis.rate):.5g}; "
@@ -181,43 +200,38 @@ def _rate(ir: Clip, vis: Clip, fps: float | None) -> Fraction:
 
 # %% ../../nbs/06_fusion/03_video.ipynb #56f2020a
 def _first_range(px: Pixels) -> tuple[float, float] | None:
-    "Robust range of an infrared frame; None where 8 bits or values in [0, 1] need none, or where the frame is constant."
+    "Robust range of an infrared frame; None if it is constant or needs none (8 bits, values in [0, 1])."
     values = px.values if px.values.ndim == 2 else px.values[..., 0]
-    if px.full == 255 or (
-        px.full is None and values.dtype == np.float32 and values.min() >= 0 and values.max() <= 1
-    ):
-        return None
+    floating = px.full is None and values.dtype == np.float32
+    if px.full == 255 or floating and values.min() >= 0 and values.max() <= 1: return None
     lo, hi, _ = thermal_range(values)
     return (lo, hi) if lo < hi else None
 
 # %% ../../nbs/06_fusion/03_video.ipynb #57d4f5eb
 def _picture(name: Path, px: Pixels, modality: str, range=None, how: str = "given") -> Picture:
     "A frame as the file reader would give it; `how` says where the range comes from."
-    if modality == "ir": (luminance, notes), chroma = _infrared(px, range), None
-    else: (luminance, chroma), notes = _visible(name, px), ()
-    picture = Picture(
-        luminance, chroma, 8 if px.full == 255 else 16, px.mode, name,
-        (*px.notes, *(n.replace("(given)", f"({how})") for n in notes)),
-    )
+    if modality == "ir":
+        (luminance, notes), chroma = _infrared(px, range), None
+    else:
+        (luminance, chroma), notes = _visible(name, px), ()
+    notes = [*px.notes, *(n.replace("(given)", f"({how})") for n in notes)]
+    if luminance.min() == luminance.max(): notes.append("every pixel has the same value")
+    picture = Picture(luminance, chroma, 8 if px.full == 255 else 16, px.mode, name, tuple(notes))
     if min(picture.size) < MIN_SIDE:
-        raise InputError(
-            f"{name}: {picture.size[1]}×{picture.size[0]} pixels is too small; both sides need at least {MIN_SIDE}"
-        )
-    if luminance.min() == luminance.max():
-        object.__setattr__(picture, "notes", (*picture.notes, "every pixel has the same value"))
+        h, w = picture.size
+        raise InputError(f"{name}: {w}×{h} pixels is too small; both sides need at least {MIN_SIDE}")
     return picture
 
 # %% ../../nbs/06_fusion/03_video.ipynb #72652d1f
 def _depth(px: Pixels) -> str:
     return f"levels from 0 to {px.full:.0f}" if px.full else f"{px.values.dtype} values"
 
-# %% ../../nbs/06_fusion/03_video.ipynb #182c0d7c
 def _same_depth(name: Path, px: Pixels, first: Pixels, range) -> None:
-    "Raise `InputError` for an infrared frame of other units than the first one's, if one range is to serve both."
+    "Raise `InputError` for an infrared frame of other units than the first, if one range is to serve both."
     if px.full != first.full and range != "frame":
         raise InputError(
-            f"{name}: has {_depth(px)}, the first infrared frame has {_depth(first)}, and one range cannot serve both; "
-            "store all frames alike, or let each have its own range (--range-per-frame)"
+            f"{name}: has {_depth(px)}, the first infrared frame has {_depth(first)}, and one range "
+            "cannot serve both; store all frames alike, or let each have its own range (--range-per-frame)"
         )
 
 # %% ../../nbs/06_fusion/03_video.ipynb #e59d8749
@@ -229,53 +243,66 @@ class FramePair:
     vis: Picture
     colour: bool  # whether the visible stream stores colour, even if this frame shows none
 
+# %% ../../nbs/06_fusion/03_video.ipynb #45e91296
+def _in_step(ir: Clip, vis: Clip) -> Iterator[tuple]:
+    "Names and samples of both clips, frame by frame; `InputError` if one ends before the other."
+    left, right, number = ir.frames(), vis.frames(), 0
+    while True:
+        a, b = next(left, None), next(right, None)
+        if a is None and b is None: return
+        if a is None or b is None:
+            short, long = (ir, vis) if a is None else (vis, ir)
+            raise InputError(
+                f"{short.path}: ends after frame {number}, but {long.path} goes on; "
+                "cut both to the same length"
+            )
+        number += 1
+        yield number, a, b
+
 # %% ../../nbs/06_fusion/03_video.ipynb #259a295b
+def _one_size(pair: FramePair) -> FramePair:
+    "The same pair; `InputError` if its frames differ in size."
+    if pair.ir.size != pair.vis.size:
+        sizes = [f"{p.path} ({p.size[1]}×{p.size[0]})" for p in (pair.ir, pair.vis)]
+        raise InputError(f"{sizes[0]} and {sizes[1]} differ in size; register and crop the clips to one size")
+    return pair
+
+# %% ../../nbs/06_fusion/03_video.ipynb #52b9311a
 def pair_frames(
     ir: Clip,
     vis: Clip,
     range=None,  # (lo, hi), None: that of the first frame that has one, or "frame": each its own
 ) -> Iterator[FramePair]:
     "Decode both clips in step; `InputError` names the frame or the clip that does not fit."
-    left, right, number, how, first = ir.frames(), vis.frames(), 0, "given", None
-    while True:
-        (a_name, a), (b_name, b) = next(left, (None, None)), next(right, (None, None))
-        if a is None and b is None: return
-        if a is None or b is None:
-            short, long = (ir, vis) if a is None else (vis, ir)
-            raise InputError(
-                f"{short.path}: ends after frame {number}, but {long.path} goes on; cut both to the same length"
-            )
+    first, how = None, "given"
+    for number, (a_name, a), (b_name, b) in _in_step(ir, vis):
         first = first or a
         _same_depth(a_name, a, first, range)
         if range is None and (range := _first_range(a)): how = "robust range of this frame, kept for all"
-        number += 1
         scaled = _picture(a_name, a, "ir", None if range == "frame" else range, how)
-        pair = FramePair(number, scaled, _picture(b_name, b, "vis"), b.values.ndim == 3)
-        if pair.ir.size != pair.vis.size:
-            sizes = [f"{p.path} ({p.size[1]}×{p.size[0]})" for p in (pair.ir, pair.vis)]
-            raise InputError(
-                f"{sizes[0]} and {sizes[1]} differ in size; register and crop the clips to one size"
-            )
-        yield pair
+        yield _one_size(FramePair(number, scaled, _picture(b_name, b, "vis"), b.values.ndim == 3))
 
 # %% ../../nbs/06_fusion/03_video.ipynb #7c1ef20e
+def _deliver(items: Iterable, box: queue.Queue, stop: threading.Event) -> None:
+    "Put (item, None) for each item into a queue and (None, error) at the end, until `stop` is set."
+    def offer(*parcel):
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full): return box.put(parcel, timeout=0.1)
+    try:
+        for item in items:
+            offer(item, None)
+            if stop.is_set(): return
+        offer(None, StopIteration())
+    except BaseException as e: offer(None, e)
+
+# %% ../../nbs/06_fusion/03_video.ipynb #3b8c6b92
 def read_ahead(
     items: Iterator,  # a generator; run in a thread of its own
     depth: int = 3,  # items that wait at most
 ) -> Iterator:  # the same items in the same order
-    "Yield items that a thread prepares meanwhile; an exception is raised in its place, leaving early ends the thread."
+    "Yield items that a thread prepares; an exception is raised in its place, leaving early ends the thread."
     box, stop = queue.Queue(depth), threading.Event()
-    def offer(*parcel):
-        while not stop.is_set():
-            with contextlib.suppress(queue.Full): return box.put(parcel, timeout=0.1)
-    def work():
-        try:
-            for item in items:
-                offer(item, None)
-                if stop.is_set(): return
-            offer(None, StopIteration())
-        except BaseException as e: offer(None, e)
-    thread = threading.Thread(target=work, daemon=True, name="smfnet-read")
+    thread = threading.Thread(target=_deliver, args=(items, box, stop), daemon=True, name="smfnet-read")
     thread.start()
     try:
         while True:
@@ -290,7 +317,7 @@ def read_ahead(
 
 # %% ../../nbs/06_fusion/03_video.ipynb #1b1e6f56
 class WriteBehind:
-    "Calls `write` for each item in a thread and in order; its exception is raised at the next `put` or at the end."
+    "Calls `write` for each item in a thread and in order; its exception is raised by `put` or the end."
     def __init__(
         self,
         write: Callable,  # called with each item
@@ -301,18 +328,9 @@ class WriteBehind:
 
     def _work(self):
         while (item := self._box.get()) is not None:
-            try:
-                if self._error is None: self._write(item)
-            except BaseException as e: self._error = e  # later items are taken and dropped, so nobody waits for ever
-
-    def put(
-        self,
-        item,  # anything but None
-    ) -> None:
-        "Hand over an item; waits while the queue is full."
-        if self._error is not None:
-            raise self._error
-        self._box.put(item)
+            if self._error is not None: continue  # taken and dropped, so that nobody waits for ever
+            try: self._write(item)
+            except BaseException as e: self._error = e
 
     def __enter__(self):
         self._thread.start()
@@ -323,6 +341,17 @@ class WriteBehind:
         self._thread.join()
         if kind is None and self._error is not None:
             raise self._error
+
+# %% ../../nbs/06_fusion/03_video.ipynb #91eaea04
+@patch
+def put(
+    self: WriteBehind,
+    item,  # anything but None
+) -> None:
+    "Hand over an item; waits while the queue is full."
+    if self._error is not None:
+        raise self._error
+    self._box.put(item)
 
 # %% ../../nbs/06_fusion/03_video.ipynb #cd62210f
 VIDEOS = (".mkv", ".mp4")
@@ -343,7 +372,8 @@ class VideoFile:
         rate: Fraction,  # frames per second
         name: str | Path = "",  # what messages call it, if `path` is a temporary name
     ):
-        self.path, self.rate, self.name, self.frames, self._container = path, rate, name or path, 0, None
+        self.path, self.rate, self.name = path, rate, name or path
+        self.frames, self._container = 0, None
 
     def write(
         self,
@@ -355,32 +385,46 @@ class VideoFile:
         if self._container is None: self._open(*kind)
         if kind != self._kind:
             raise InputError(
-                f"{pair.vis.path}: frame {pair.number} has another size, depth or number of channels than the first; make them alike or write a folder of PNG"
+                f"{pair.vis.path}: frame {pair.number} has another size, depth or number of channels "
+                "than the first; make them alike or write a folder of PNG"
             )
         self._encode(_levels(pair, fused, pair.colour))
         self.frames += 1
 
 # %% ../../nbs/06_fusion/03_video.ipynb #64e44bda
 @patch
-def _open(self: VideoFile, shape: tuple[int, int], bits: int, colour: bool) -> None:
-    "Begin the file; from now on `_kind` is fixed."
-    av, (h, w), mp4 = _av(), shape, self.path.suffix.lower() == ".mp4"
+def _codec(self: VideoFile, bits: int) -> str:
+    "The encoder by the ending of the name; `InputError` if it cannot hold the frames or is not there."
+    mp4 = self.path.suffix.lower() == ".mp4"
     if mp4 and bits > 8:
         raise InputError(
-            f"{self.name}: .mp4 holds 8 bits here and the visible frames have 16; write .mkv or a folder of PNG"
+            f"{self.name}: .mp4 holds 8 bits here and the visible frames have 16; "
+            "write .mkv or a folder of PNG"
         )
     name = "libx264" if mp4 else "ffv1"
-    if name not in av.codecs_available:
+    if name not in _av().codecs_available:
+        other = ".mkv or " if mp4 else ""
         raise InputError(
-            f"{self.name}: this build of PyAV has no {name} encoder; write {'.mkv or ' if mp4 else ''}a folder of PNG"
+            f"{self.name}: this build of PyAV has no {name} encoder; write {other}a folder of PNG"
         )
-    self._kind, self._layout, self._container = (
-        (shape, bits, colour), _LAYOUT[bits, colour], av.open(str(self.path), "w"),
-    )
+    return name
+
+# %% ../../nbs/06_fusion/03_video.ipynb #f451a297
+@patch
+def _open(self: VideoFile, shape: tuple[int, int], bits: int, colour: bool) -> None:
+    "Begin the file; from now on `_kind` is fixed."
+    name = self._codec(bits)
+    self._kind, self._layout = (shape, bits, colour), _LAYOUT[bits, colour]
+    self._container = _av().open(str(self.path), "w")
     self._stream = s = self._container.add_stream(name, rate=self.rate)
-    s.height, s.width = h, w
-    s.pix_fmt = ("yuv444p" if h % 2 or w % 2 else "yuv420p") if mp4 else _FFV1[bits, colour]
-    s.options = {"crf": "14", "preset": "veryfast"} if mp4 else {"level": "3", "slices": "4", "slicecrc": "1"}
+    s.height, s.width = shape
+    if name == "ffv1":
+        s.pix_fmt = _FFV1[bits, colour]
+        s.options = {"level": "3", "slices": "4", "slicecrc": "1"}
+    else:
+        odd = any(side % 2 for side in shape)
+        s.pix_fmt = "yuv444p" if odd else "yuv420p"
+        s.options = {"crf": "14", "preset": "veryfast"}
 
 # %% ../../nbs/06_fusion/03_video.ipynb #c7ab3454
 @patch
@@ -393,7 +437,8 @@ def _encode(self: VideoFile, levels: np.ndarray | None) -> None:
             self._container.mux(packet)
     except av.FFmpegError as e:
         raise InputError(
-            f"{self.name}: frame {self.frames + 1} cannot be written ({e.strerror or e}); free some space or choose another place"
+            f"{self.name}: frame {self.frames + 1} cannot be written ({e.strerror or e}); "
+            "free some space or choose another place"
         ) from e
 
 # %% ../../nbs/06_fusion/03_video.ipynb #328a7834
@@ -415,13 +460,15 @@ def _no_other_frames(out: Path, ir: Clip, vis: Clip) -> None:
     new = {_png_name(i, f, not vis.files) for i, f in enumerate(sources, 1)}
     old = sorted(f.name for files in list_images(out).values() for f in files if f.name not in new)
     if old:
+        more = ", …" if len(old) > 1 else ""
         raise InputError(
-            f"{out}: holds {old[0]}{', …' * (len(old) > 1)}, which may stay there among the new frames; empty the folder or choose another"
+            f"{out}: holds {old[0]}{more}, which may stay there among the new frames; "
+            "empty the folder or choose another"
         )
 
 # %% ../../nbs/06_fusion/03_video.ipynb #73e9acc1
 class PngFolder:
-    "A folder that receives one PNG a frame, named like the visible frame, or by number if that comes from a video."
+    "A folder that receives one PNG a frame, named like the visible frame, or numbered if that is of a video."
     def __init__(
         self,
         path: Path,  # folder; made if missing
@@ -435,10 +482,8 @@ class PngFolder:
     ) -> None:
         "Write a frame, complete or not at all."
         pair, fused = item
-        write_image(
-            self.path / _png_name(pair.number, pair.vis.path, self.numbered), fused, pair.vis.chroma,
-            bits=pair.vis.bits,
-        )
+        name = _png_name(pair.number, pair.vis.path, self.numbered)
+        write_image(self.path / name, fused, pair.vis.chroma, bits=pair.vis.bits)
         self.frames += 1
 
 # %% ../../nbs/06_fusion/03_video.ipynb #9d67685d
@@ -454,10 +499,21 @@ def _target(out: str | Path, ir: Clip, vis: Clip) -> Path:
     if out.is_dir(): _no_other_frames(out, ir, vis)
     return out
 
+# %% ../../nbs/06_fusion/03_video.ipynb #a96317a9
+def _rescue(video: VideoFile, partial: Path, log: Callable[[str], None]) -> None:
+    "Close a video that broke off and give it a name that says so."
+    try: video.close()
+    except Exception: return  # the disk is full, for instance: nothing playable is left
+    if not video.frames: return
+    os.replace(video.path, partial)
+    log(f"the first {video.frames} frames are in {partial}")
+
 # %% ../../nbs/06_fusion/03_video.ipynb #3793f673
 @contextlib.contextmanager
-def _sink(out: Path, vis: Clip, rate: Fraction, log: Callable[[str], None]) -> Iterator[VideoFile | PngFolder]:
-    "Something to write frames to; what was written before an error is kept and named."
+def _sink(
+    out: Path, vis: Clip, rate: Fraction, log: Callable[[str], None]
+) -> Iterator[VideoFile | PngFolder]:
+    "Something to write frames to; what was written before an error stays, and `log` hears where."
     if out.is_dir() or out.suffix.lower() not in VIDEOS:
         folder = PngFolder(out, not vis.files)
         try: yield folder
@@ -474,15 +530,6 @@ def _sink(out: Path, vis: Clip, rate: Fraction, log: Callable[[str], None]) -> I
             _rescue(video, out.with_name(f"{out.stem}.partial{out.suffix}"), log)
             raise
 
-# %% ../../nbs/06_fusion/03_video.ipynb #a96317a9
-def _rescue(video: VideoFile, partial: Path, log: Callable[[str], None]) -> None:
-    "Close a video that broke off and keep it under a name that says so."
-    try: video.close()
-    except Exception: return  # the disk is full, for instance: nothing playable is left
-    if not video.frames: return
-    os.replace(video.path, partial)
-    log(f"the first {video.frames} frames are in {partial}")
-
 # %% ../../nbs/06_fusion/03_video.ipynb #a0b0de0c
 @dataclass(frozen=True)
 class VideoReport:
@@ -493,11 +540,12 @@ class VideoReport:
 
     def summary(self) -> str:
         "One line for the user."
-        return f"{self.frames} frames fused into {self.out}, {self.frames / max(self.seconds, 1e-9):.2f} frames/s"
+        rate = self.frames / max(self.seconds, 1e-9)
+        return f"{self.frames} frames fused into {self.out}, {rate:.2f} frames/s"
 
 # %% ../../nbs/06_fusion/03_video.ipynb #ed3eb2ca
 def _remarks(log: Callable[[str], None]) -> Callable[[FramePair], None]:
-    "Pass on each remark once, with the frame it first came with."
+    "Pass on each remark once, with the frame it first came with; its numbers may change from frame to frame."
     seen = set()
     def say(pair: FramePair):
         for picture, side in ((pair.ir, "infrared"), (pair.vis, "visible")):
@@ -507,6 +555,16 @@ def _remarks(log: Callable[[str], None]) -> Callable[[FramePair], None]:
                 seen.add(key)
     return say
 
+# %% ../../nbs/06_fusion/03_video.ipynb #f7bfe0f5
+def _fuse_frames(model, ir: Clip, vis: Clip, range, sink, log: Callable[[str], None], show: bool) -> None:
+    "Read, fuse and write all frames; reading and writing go on in threads of their own."
+    say, total = _remarks(log), ir.count or vis.count or ir.roughly or vis.roughly
+    frames = pair_frames(ir, vis, range)
+    with WriteBehind(sink.write) as behind, contextlib.closing(read_ahead(frames)) as pairs:
+        for pair in track(pairs, desc="fusing", unit="frame", total=total, show=show):
+            say(pair)
+            behind.put((pair, fuse_pictures(model, vis=pair.vis, ir=pair.ir)))
+
 # %% ../../nbs/06_fusion/03_video.ipynb #3bfe591e
 def fuse_video(
     *,
@@ -514,25 +572,21 @@ def fuse_video(
     vis: str | Path,  # visible video, folder of frames, or data-set root
     out: str | Path,  # .mkv (exact), .mp4 (8 bits, compressed), or a folder that receives PNG
     model=None,  # object with fuse(vis=, ir=), or weights for `load_model`; None: the shipped model
-    range: tuple[float, float] | str | None = None,  # infrared values that become 0 and 1; None: from the first frame; "frame": each its own
+    range: tuple[float, float] | str | None = None,  # that becomes 0 to 1; "frame": each its own
     fps: float | None = None,  # frames per second of a written video; None: as the inputs, 25 for folders
     device: str = "auto",  # where weights are loaded to; ignored for an object
-    max_memory: int | str | None = None,  # "4GB", "500MB", bytes for one pair; None: from what is free; ignored for an object
-    progress: bool = True,  # show a bar with frames/s
+    max_memory: int | str | None = None,  # of a pair: "4GB", bytes; None: what is free; ignored for an object
+    progress: bool = True,  # show how far it is
     log: Callable[[str], None] = tqdm.write,  # receives remarks
 ) -> VideoReport:
-    "Fuse two clips frame by frame; `InputError` for bad input, after which the finished frames are kept (see above)."
+    "Fuse two clips frame by frame; `InputError` for bad input, after which the finished frames stay."
     if range is not None and range != "frame": range = check_range(range)
     a, b = open_clip(ir, "ir"), open_clip(vis, "vis")
     _same(a, b, fps)
-    rate, target, say = _rate(a, b, fps), _target(out, a, b), _remarks(log)
-    model = _as_model(model, device, max_memory)
-    total, start = a.count or b.count or a.roughly or b.roughly, time.perf_counter()
-    with (_sink(target, b, rate, log) as sink, WriteBehind(sink.write) as behind,
-          contextlib.closing(read_ahead(pair_frames(a, b, range))) as pairs):
-        for pair in tqdm(pairs, total=total, desc="fusing", unit="frame", disable=not progress):
-            say(pair)
-            behind.put((pair, fuse_pictures(model, vis=pair.vis, ir=pair.ir)))
+    rate, target = _rate(a, b, fps), _target(out, a, b)
+    model, start = _as_model(model, device, max_memory), time.perf_counter()
+    with _sink(target, b, rate, log) as sink:
+        _fuse_frames(model, a, b, range, sink, log, progress)
     if not sink.frames:
         raise InputError(f"{a.path} and {b.path}: hold no frame; give clips with at least one")
     return VideoReport(target, sink.frames, time.perf_counter() - start)

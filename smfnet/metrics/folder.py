@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from ..core.checks import InputError
+from ..core.progress import track
 from .comparison import compare as compare_tables
 from .comparison import summarise
 from .files import match_files, read_gray
@@ -53,16 +53,16 @@ def evaluate_folder(
     vis: str | Path,  # folder of visible images with the same stems
     protocol: str | Protocol = "table1",  # conventions
     workers: int = 1,  # processes, one thread each
-    progress: bool = True,  # show a progress bar
+    progress: bool = True,  # show how far it is
 ) -> pd.DataFrame:  # one row a stem, one column a metric; NaN only where `.attrs["undefined"]` gives a reason
     "Measure every fused image of a folder; undefined values are listed in `.attrs` and warned about."
     p = get_protocol(protocol)
     matched = match_files(fused=fused, ir=ir, vis=vis)
     jobs = list(matched.values())
     scores = list(
-        tqdm(
+        track(
             _measured(jobs, p, min(workers, len(jobs))), total=len(jobs),
-            desc=f"{Path(fused).name} ({p.name})", disable=not progress,
+            desc=f"{Path(fused).name} ({p.name})", unit="image", show=progress,
         )
     )
     return to_table(dict(zip(matched, scores, strict=True)), protocol=p.name)

@@ -1,7 +1,7 @@
-"""The widgets in a real browser: JupyterLab, Voilà and a page of their own, driven as a person would, judged by pixels and values.
+"""The widgets in a real browser, driven as a person would and judged by pixels and values.
 
-Needs Chromium (`make browser`), found through the variable SMFNET_CHROMIUM or on the path; without it the tests skip and say so.
-Screenshots are kept in runs/browser/.
+JupyterLab, Voilà and a page of their own. Needs Chromium (`make browser`), found through the variable
+SMFNET_CHROMIUM or on the path; without it the tests skip and say so. Screenshots are stored in runs/browser/.
 """
 
 import contextlib
@@ -39,10 +39,8 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-START, STEP = (
-    180,
-    120,
-)  # seconds: a server with its kernel, one answer of a kernel; generous, as machines of CI are slow
+START = 180  # seconds for a server with its kernel; generous, as machines of CI are slow
+STEP = 120  # seconds for one answer of a kernel
 STEM, OTHER = "scene_0000_day", "scene_0003_smoke"
 
 playwright = pytest.importorskip(
@@ -54,7 +52,7 @@ if not CHROMIUM:
     )
 
 
-# --- servers and pages -----------------------------------------------------------------------------------------
+# --- servers and pages --------------------------------------------------------------------------------------
 
 
 def once_more(test):
@@ -207,7 +205,7 @@ def until(condition, limit: float = STEP):
     )
 
 
-# --- what is on the screen -------------------------------------------------------------------------------------
+# --- what is on the screen ----------------------------------------------------------------------------------
 
 
 def shoot(page, name: str) -> None:
@@ -233,9 +231,10 @@ def rgb(image: np.ndarray) -> np.ndarray:
 
 
 def alike(seen: np.ndarray, expected: np.ndarray, columns: tuple[float, float]) -> float:
-    """Mean difference in levels between a picture on the screen and an image, over a share of the columns, without titles and borders.
+    """Mean difference in levels between a picture on the screen and an image, over a share of the columns.
 
-    Both are smoothed a little first: browsers place pictures at fractions of a pixel.
+    Titles and borders are left out. Both are smoothed a little first, since browsers place pictures at
+    fractions of a pixel.
     """
     h, w = seen.shape[:2]
     scaled = np.asarray(Image.fromarray(rgb(expected)).resize((w, h), Image.Resampling.BILINEAR))
@@ -252,7 +251,7 @@ def scenes():
     return open_collection("scenes:test", models=live_models())
 
 
-# --- what a person does ----------------------------------------------------------------------------------------
+# --- what a person does -------------------------------------------------------------------------------------
 
 
 def pane(page, title: str):
@@ -267,9 +266,7 @@ def shows(locator, expected: np.ndarray) -> bool:
 
 
 def drag_and_check(page, left: np.ndarray, right: np.ndarray) -> None:
-    """Drag the divider from the middle to 80 % and look at both sides of it; nothing is sent to the kernel on the way."""
-    sent = []
-    page.on("websocket", lambda ws: ws.on("framesent", lambda payload: sent.append(payload)))
+    """Drag the divider from the middle to 80 % and look at both sides of it."""
     box = page.locator(".smf-swipe").first
     box.scroll_into_view_if_needed()
     until(lambda: alike(pixels(box), left, (0.05, 0.4)) < 6 and alike(pixels(box), right, (0.6, 0.95)) < 6)
@@ -297,7 +294,7 @@ def divider_by_keyboard(page) -> None:
 
 
 def zoom_and_check(page, images: dict[str, np.ndarray]) -> None:
-    """Turn the wheel over one picture: all show the same enlarged patch; the keyboard moves it and goes back."""
+    """Turn the wheel over one picture: all show the same patch; the keyboard moves it and goes back."""
     status = page.locator(".smf-status").first
     frame = pane(page, "visible").locator(".smf-frame")
     frame.scroll_into_view_if_needed()
@@ -361,7 +358,7 @@ def look_around(page, scenes) -> None:
     until(lambda: page.locator(".smf-pane").count() == len(scenes.methods) - 1)
 
 
-# --- the tests -------------------------------------------------------------------------------------------------
+# --- the tests ----------------------------------------------------------------------------------------------
 
 
 @once_more
@@ -370,7 +367,8 @@ def test_notebook_in_jupyterlab(tmp_path_factory, scenes):
     folder = tmp_path_factory.mktemp("lab")
     with server("lab", folder) as address, browser_page() as page:
         page.goto(f"{address}/lab/tree/compare.ipynb?reset", wait_until="commit", timeout=1000 * START)
-        idle = "() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+        session = "window.jupyterapp?.shell?.currentWidget?.sessionContext?.session"
+        idle = f"() => {session}?.kernel?.status === 'idle'"
         page.wait_for_function(idle, timeout=1000 * START)
         page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
         page.locator(".smf-swipe").first.wait_for(timeout=1000 * START)
@@ -401,9 +399,9 @@ def picture(folder: Path, name: str, image: np.ndarray) -> Path:
 
 @once_more
 def test_upload_in_voila(tmp_path_factory):
-    """A pair is uploaded and fused; wrong files become sentences, a huge pair is made smaller with a note, and the kernel lives on."""
+    """A pair is fused; wrong files become sentences, a huge pair gets a note, and the kernel lives on."""
     from smfnet.compare.collection import Collection, live_models
-    from smfnet.compare.upload import _InMemory, read_upload
+    from smfnet.compare.uploads import _InMemory, read_upload
     from smfnet.data.pairs import PairSet
     from smfnet.data.scenes import render_scene
 
@@ -479,7 +477,7 @@ def test_missing_weights_in_voila(tmp_path_factory):
 
 @once_more
 def test_metrics_in_voila(tmp_path_factory, scenes):
-    """Sliders, moved by keyboard, spoil the picture on the screen, and the nine values are those of the metrics."""
+    """Sliders, moved by keyboard, spoil the picture, and the nine values are those of the metrics."""
     from smfnet.compare import Distortion
     from smfnet.compare.collection import gray, shown
     from smfnet.data.images import to_levels
@@ -521,7 +519,7 @@ def test_metrics_in_voila(tmp_path_factory, scenes):
 
 @once_more
 def test_explorer_in_voila(tmp_path_factory, scenes):
-    """Switching a branch off changes the picture to what the decoder makes of the rest; features and attention are drawn."""
+    """Without a branch the picture is what the decoder makes of the rest; features, attention are drawn."""
     import torch
 
     from smfnet.compare import with_branches
@@ -554,7 +552,7 @@ def test_explorer_in_voila(tmp_path_factory, scenes):
 
 @once_more
 def test_large_swipe_is_fluid(tmp_path):
-    """A 1280×1024 pair follows the pointer within a frame, in a page without a kernel; the divider is where the pointer is."""
+    """In a page without a kernel, the divider of a 1280×1024 pair follows the pointer within a frame."""
     from smfnet.compare import Swipe
     from smfnet.data.scenes import render_scene
 
@@ -570,7 +568,8 @@ def test_large_swipe_is_fluid(tmp_path):
         times = box.evaluate("""async (box) => {
             const r = box.getBoundingClientRect(), times = [], y = r.top + r.height / 2, id = 1;
             box.setPointerCapture = () => {}; box.hasPointerCapture = () => true;
-            const send = (kind, x) => box.dispatchEvent(new PointerEvent(kind, {pointerId: id, clientX: x, clientY: y, bubbles: true}));
+            const at = (x) => ({pointerId: id, clientX: x, clientY: y, bubbles: true});
+            const send = (kind, x) => box.dispatchEvent(new PointerEvent(kind, at(x)));
             send("pointerdown", r.left);
             for (let i = 0; i < 60; i++) {
                 const start = performance.now();
@@ -583,7 +582,6 @@ def test_large_swipe_is_fluid(tmp_path):
         }""")
         shoot(page, "static_swipe_1280x1024")
         print(f"1280×1024: median {np.median(times):.1f} ms a move, slowest {max(times):.1f} ms")
-        assert (
-            np.median(times) < 100
-        )  # 17 ms is one frame of a screen; the bound leaves room for a busy machine without a GPU
+        # 17 ms is one frame of a screen; the bound leaves room for a busy machine without a GPU
+        assert np.median(times) < 100
         assert int(page.locator(".smf-handle").get_attribute("aria-valuenow")) == 98

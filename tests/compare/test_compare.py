@@ -1,9 +1,12 @@
 """The widgets without a browser: what they are told, what they send, what they say about bad input."""
 
 import base64
+import importlib
 import io
 import json
+import pkgutil
 import re
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -27,7 +30,7 @@ from smfnet.compare import (
 from smfnet.compare.collection import LIVE_PIXELS, Collection, live_limit, live_models, ranks
 from smfnet.compare.panel import Panel, watch
 from smfnet.compare.swipe import SWIPE_JS
-from smfnet.compare.upload import MOST, PICK_JS, PIECE, FilePick, _InMemory, read_upload
+from smfnet.compare.uploads import MOST, PICK_JS, PIECE, FilePick, _InMemory, read_upload
 from smfnet.compare.zoom import ZOOM_JS, crop_of
 from smfnet.core.checks import InputError
 from smfnet.data.pairs import PairSet
@@ -61,7 +64,7 @@ def send(panel, side: str, name: str, data: bytes) -> None:
         )
 
 
-# --- fixed range -----------------------------------------------------------------------------------------------
+# --- fixed range --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("top", [0.1, 0.5, 1.0])
@@ -93,7 +96,7 @@ def test_huge_images_are_made_smaller_with_a_note():
     )
 
 
-# --- the browser's side ----------------------------------------------------------------------------------------
+# --- the browser's side -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("code", [SWIPE_JS, ZOOM_JS, PICK_JS], ids=["swipe", "zoom", "pick"])
@@ -153,7 +156,7 @@ def test_the_wheel_alone_brings_the_widgets():
     assert {"ipywidgets", "anywidget"} <= {re.match(r"[\w-]+", d)[0] for d in needed}
 
 
-# --- properties ------------------------------------------------------------------------------------------------
+# --- properties ---------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=200, deadline=None)
@@ -198,7 +201,7 @@ def test_pieces_make_the_file(data, cuts):
     assert got == [data]
 
 
-# --- bad input -------------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------------------------
 
 GOOD = ("street.png", encoded(SCENE.vis))
 MULTI = encoded(Image.fromarray(SCENE.ir), "TIFF", save_all=True, append_images=[Image.fromarray(SCENE.ir)])
@@ -336,7 +339,34 @@ def test_wide_models_fuse_fewer_pixels_live():
     )
 
 
-# --- panels ----------------------------------------------------------------------------------------------------
+# --- the front door -----------------------------------------------------------------------------------------
+
+DOOR = """
+import sys
+import smfnet.compare
+assert not {"torch", "anywidget", "ipywidgets"} & set(sys.modules), "the room loads its modules too early"
+from smfnet.compare import browse, explore, upload, explore_metrics, freeze
+import smfnet.compare.uploads, smfnet.compare.frozen
+from smfnet.compare import upload as again
+assert again is upload and all(map(callable, (browse, explore, upload, explore_metrics, freeze)))
+"""
+
+
+def test_names_load_when_used_and_stay_functions():
+    """In a fresh process: importing the room is cheap, importing its modules does not replace its names."""
+    done = subprocess.run([sys.executable, "-c", DOOR], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("room", ["compare", "fusion"])
+def test_no_name_of_a_front_door_is_a_module(room):
+    """Importing such a module would put it where the name is expected."""
+    package = importlib.import_module(f"smfnet.{room}")
+    assert not {m.name for m in pkgutil.iter_modules(package.__path__)} & set(package.__all__)
+    assert all(getattr(package, name).__name__ == name for name in package.__all__)
+
+
+# --- panels -------------------------------------------------------------------------------------------------
 
 
 def test_a_message_of_an_inner_callback_survives():
@@ -372,7 +402,7 @@ def test_unknown_method_and_pair_are_named():
 
 
 def test_methods_of_folders_are_compared_with_live_ones(tmp_path):
-    """A folder of a user's own pairs and of fused images: values are those of the files; a name that exists already is refused."""
+    """Own pairs and fused images in folders: values are those of the files; a name that exists is refused."""
     for side, image in (("ir", SCENE.ir), ("vi", SCENE.vis), ("fused/mine/good", SCENE.ir // 2 + 60)):
         place = tmp_path / ("mine" if "/" not in side else "") / side
         place.mkdir(parents=True)

@@ -50,7 +50,7 @@ def run(root, out="out", model=None, **options):
     )
 
 
-# --- results ------------------------------------------------------------------------------------------------------
+# --- results ------------------------------------------------------------------------------------------------
 
 
 def test_grey_pair_is_the_rounded_average(pairs):
@@ -122,7 +122,7 @@ def test_the_network_fuses_files_and_knows_its_mode(pairs):
         fuse_pair(**files, model=model.train())
 
 
-# --- folders ------------------------------------------------------------------------------------------------------
+# --- folders ------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_run_writes_every_pair(pairs):
@@ -260,7 +260,7 @@ def test_arguments_are_checked_before_the_first_pair(pairs):
             fuse_folder(**{**base, **change})
 
 
-# --- methods that misbehave ---------------------------------------------------------------------------------------
+# --- methods that misbehave ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_defects_of_a_method_are_not_hidden(pairs):
         run(pairs, model=type("Bug", (), {"fuse": fuse})())
 
 
-# --- weights ------------------------------------------------------------------------------------------------------
+# --- weights ------------------------------------------------------------------------------------------------
 
 
 class Malicious:
@@ -376,7 +376,7 @@ def test_devices():
         pick_device(f"cuda:{torch.cuda.device_count()}")
 
 
-# --- real images --------------------------------------------------------------------------------------------------
+# --- real images --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "count"), [("TNO", 25), ("RoadScene", 50)])

@@ -1,4 +1,7 @@
-"""Exported networks: variants of the network, the contract of a model, bad files, the commands. The export itself is tested in its notebook."""
+"""Exported networks: variants of the network, the contract of a model, bad files, the commands.
+
+The export itself is tested in its notebook.
+"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Videos and image sequences: the same numbers as frame by frame, every depth, and what is left after a failure."""
+"""Videos and image sequences: the same numbers as frame by frame, every depth, what a failure leaves."""
 
 import importlib.util
 import os
@@ -373,7 +373,7 @@ def test_a_frame_of_another_kind(place):
 
 
 def test_a_run_into_a_folder_may_be_repeated(place):
-    "By the names of the frames or their number, if the header states it; else the folder has to hold no image."
+    "By the names of the frames or their number, if the header states it; else the folder has to be empty."
     for name in ("six", "four"):
         shutil.copy(f"{name}.mp4", f"vis_{name}.mp4")
     for _ in range(2):
@@ -403,8 +403,13 @@ SLOW = """
 import sys, time
 from smfnet.fusion.video import fuse_video
 class Slow:
+    "Waits in the third frame until the signal comes."
+    calls = 0
     def fuse(self, *, vis, ir):
-        print("frame", flush=True); time.sleep(0.3); return vis
+        self.calls += 1
+        print("frame", flush=True)
+        if self.calls == 3: time.sleep(300)
+        return vis
 try: fuse_video(ir="i.mkv", vis="v.mkv", out="o.mkv", model=Slow(), progress=False)
 except KeyboardInterrupt: sys.exit(130)
 """
@@ -420,7 +425,7 @@ def test_an_interrupted_process_leaves_a_playable_part_or_none(place, kind):
     process.communicate(timeout=60)
     assert process.returncode == (130 if kind == signal.SIGINT else -kind) and not Path("o.mkv").exists()
     if kind == signal.SIGINT:
-        assert 1 <= len(read_video("o.partial.mkv")) <= 3
+        assert len(read_video("o.partial.mkv")) == 2
     else:
         assert not Path("o.partial.mkv").exists()
 
@@ -429,11 +434,11 @@ def test_reading_runs_ahead_but_not_far():
     made = []
     items = read_ahead((made.append(i) or i for i in range(100)), depth=2)
     assert next(items) == 0
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60  # the thread has to be given the processor; a busy machine may be late
     while len(made) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.1)
-    assert len(made) == 4  # one taken, two in the queue, one in the reader's hand
+    assert len(made) == 4  # never more: one taken, two in the queue, one in the reader's hand
     assert list(items) == list(range(1, 100))
 
 
@@ -451,9 +456,7 @@ def test_the_command(place, capsys):
     line = "video --ir i.mkv --vis v.mkv --out o.mkv --device cpu --threads 1"
     assert main(line.split()) == 0
     out, err = capsys.readouterr()
-    assert (
-        "6 frames fused into o.mkv" in out and "frames/s" in out and "frame/s" in err
-    )  # the bar counts frames per second
+    assert "6 frames fused into o.mkv" in out and "frames/s" in out and err == ""
     from smfnet.fusion.files import load_model
 
     torch.testing.assert_close(

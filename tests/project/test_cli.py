@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 
 from smfnet import __version__
 from smfnet.cli import main
+from smfnet.core import progress
 from smfnet.data.images import read_pixels
 from smfnet.fusion import files as fusion
 from smfnet.network.model import SMFNet
@@ -41,12 +43,35 @@ FUSE = "fuse --ir ir --vis vi --out out --weights w.safetensors --device cpu"
 def test_fusing_folders(place, capsys):
     assert main(f"{FUSE} --threads 1".split()) == 0
     out, err = capsys.readouterr()
-    assert "2 of 2 pairs fused into out" in out and "fusing" in err  # the bar is on the error stream
+    assert "2 of 2 pairs fused into out" in out and err == ""  # a short run in a log needs no progress
     assert {p.name: read_pixels(p).values.shape for p in Path("out").iterdir()} == {
         "a.png": (48, 64, 3),
         "b.png": (48, 64, 3),
     }
     assert torch.get_num_threads() == 1
+
+
+FINISHED = r"\w+.*: 1 of 2 {0}s, about \d\d:\d\d left\n\w+.*: 2 of 2 {0}s, about 00:00 left\n"
+
+
+def test_a_log_gets_plain_lines(place, monkeypatch, capsys):
+    """Where nothing can be redrawn, here with a line for each item instead of one every ten seconds."""
+    monkeypatch.setattr(progress, "EVERY", 0)
+    for line, unit in (
+        (FUSE, "pair"),
+        (FUSE.replace("fuse", "video", 1).replace("out out", "out film"), "frame"),
+        ("evaluate --fused out --ir ir --vis vi", "image"),
+    ):
+        assert main(line.split()) == 0
+        assert re.fullmatch(FINISHED.format(unit), capsys.readouterr().err), line
+
+
+def test_a_terminal_gets_a_bar(place, monkeypatch, capsys):
+    """One line that is drawn over itself."""
+    monkeypatch.setattr(progress, "redrawn", lambda: True)
+    assert main(FUSE.split()) == 0
+    err = capsys.readouterr().err
+    assert "\r" in err and "fusing" in err and err.count("\n") == 1
 
 
 def test_fusing_two_files(place):
@@ -198,7 +223,11 @@ def test_wrong_usage_is_explained(line, capsys):
 
 
 def test_help_and_version_answer_without_torch():
-    code = "import sys; from smfnet.cli import main\ntry: main(['--version'])\nexcept SystemExit as e: print(e.code, 'torch' in sys.modules)"
+    code = (
+        "import sys; from smfnet.cli import main\n"
+        "try: main(['--version'])\n"
+        "except SystemExit as e: print(e.code, 'torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.split("\n")[:2] == [f"smfnet {__version__}", "0 False"], done.stderr
 
