@@ -3,7 +3,7 @@
     python bench/metrics.py [--json FILE] [--rounds N]
 
 Both sides measure the same rendered 768×576 pair in one run, on one thread, taking turns, so that whatever
-else the machine does falls on both. Reported are medians and the fastest rounds; the ratio is that of medians.
+else the machine does falls on both. Reported are medians and the fastest rounds; the ratio is of medians.
 """
 
 import argparse

@@ -298,7 +298,7 @@ def test_brightness_moves_ssim_by_its_luminance_term(three, shift):
     """A brighter copy keeps variance and covariance, so SSIM is the mean of (2 μ ν + C1) / (μ² + ν² + C1).
 
     Checked in float64, where a variance is exact to 1e-10: the term is 3e-5 for one level at a gray of 128,
-    less than what float32 may add. There is no such law for three images: a shift may bring one closer to another.
+    less than what float32 may add. There is no such law for three images: a shift may bring two closer.
     """
     x = np.clip(three[0], 50, 200)
     measured = evaluate(fused=x + shift, ir=x, vis=x, protocol="ssim_float64", undefined="report")["SSIM"]
