@@ -150,7 +150,8 @@ def test_a_short_training_finds_what_it_was_shown(streets, tmp_path):
         progress=False,
     )
     after = match(truths, evaluate(run.model, train, progress=False))
-    assert with_mean(after.ap)[-1] > with_mean(before.ap)[-1] + 0.2
+    # From 0 to 0.89-0.96 with eight seeds; half of that leaves room for processors that round in another way.
+    assert with_mean(after.ap)[-1] > with_mean(before.ap)[-1] + 0.45
 
 
 def overlap(a, b) -> float:

@@ -135,10 +135,10 @@ def test_a_short_training_beats_a_constant_predictor(streets, tmp_path):
         train, tmp_path, replace(QUICK, epochs=(100,), batch=3), config=config, progress=False
     )
     counts = evaluate(run.model, train, progress=False).sum(0)
-    assert scores(counts)["mIoU"] > scores(constant(counts))["mIoU"] + 0.05  # 0.115 was seen
-    assert scores(constant(counts))["mIoU"] == pytest.approx(
-        counts[0].sum() / counts.sum() / (counts.sum(1) > 0).sum()
-    )
+    # A margin of 0.11-0.145 with eight seeds; half of it leaves room for processors that round in another way.
+    assert scores(counts)["mIoU"] > scores(constant(counts))["mIoU"] + 0.05
+    background, occurring = counts[0].sum() / counts.sum(), (counts.sum(1) > 0).sum()
+    assert scores(constant(counts))["mIoU"] == pytest.approx(background / occurring)
 
 
 @pytest.mark.parametrize("seed", range(4))
