@@ -86,13 +86,15 @@ def _check_tables(tables: Mapping[str, pd.DataFrame], reference: str) -> None:
     base = tables[reference]
     for name, table in tables.items():
         if table.attrs.get("protocol") != base.attrs.get("protocol"):
+            both = table.attrs.get("protocol"), base.attrs.get("protocol")
             raise InputError(
-                f"{name}: measured under {table.attrs.get('protocol')}, {reference} under {base.attrs.get('protocol')}; use one protocol"
+                f"{name}: measured under {both[0]}, {reference} under {both[1]}; use one protocol"
             )
         if set(table.index) != set(base.index) or table.index.has_duplicates:
             odd = sorted(map(str, set(table.index) ^ set(base.index)))[:5]
             raise InputError(
-                f"{name}: its images differ from those of {reference} ({', '.join(odd) or 'doubled stems'}); measure both on the same images"
+                f"{name}: its images differ from those of {reference} ({', '.join(odd) or 'doubled stems'}); "
+                "measure both on the same images"
             )
         if list(table.columns) != list(base.columns):
             raise InputError(f"{name}: its metrics differ from those of {reference}")
@@ -115,15 +117,10 @@ def compare(
         for metric in difference.columns:
             d = difference[metric].dropna()
             low, high = bootstrap_interval(d, level=level, resamples=resamples, seed=seed)
-            rows.append(
-                (
-                    metric, name, reference, len(d), d.mean(), low, high,
-                    wilcoxon_p(d) if len(d) else float("nan"),
-                )
-            )
-    result = pd.DataFrame(
-        rows, columns=["metric", "method", "against", "n", "difference", "low", "high", "p"]
-    )
+            p = wilcoxon_p(d) if len(d) else float("nan")
+            rows.append((metric, name, reference, len(d), d.mean(), low, high, p))
+    columns = ["metric", "method", "against", "n", "difference", "low", "high", "p"]
+    result = pd.DataFrame(rows, columns=columns)
     tested = result["p"].notna()
     result.loc[tested, "p_holm"] = holm(result.loc[tested, "p"])
     result.attrs["protocol"] = tables[reference].attrs.get("protocol")

@@ -37,11 +37,9 @@ def read_gray(
         raise InputError(
             f"{path}: {decoded.mode} pixels have no 8-bit reading; save the image as PNG with 8 bits"
         )
-    values = (
-        decoded.values
-        if decoded.full == 255
-        else (decoded.values.astype(np.float64) * (65535 / decoded.full)).astype(np.uint16) >> 8
-    )
+    values = decoded.values
+    if decoded.full != 255:
+        values = (values.astype(np.float64) * (65535 / decoded.full)).astype(np.uint16) >> 8
     return gray_levels(values.astype(np.uint8), rounding=rounding)
 
 # %% ../../nbs/07_metrics/08_files.ipynb #57b17ba7
@@ -101,9 +99,8 @@ def match_files(
     for stem, files in matched.items():
         lacking = [role for role in folders if role not in files]
         if lacking:
-            problems.append(
-                f"{stem}: {next(iter(files.values()))} has no partner in {' and '.join(str(folders[r]) for r in lacking)}"
-            )
+            where = " and ".join(str(folders[role]) for role in lacking)
+            problems.append(f"{stem}: {next(iter(files.values()))} has no partner in {where}")
     for files in matched.values() if not problems else ():
         sizes = {path: image_size(path) for path in files.values()}
         if len(set(sizes.values())) > 1:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['evaluate_files', 'evaluate_folder', 'UndefinedWarning', 'to_table', 'write_csv', 'read_csv', 'format_summary',
-           'method_names', 'evaluate_command']
+           'method_names', 'format_comparison', 'evaluate_command']
 
 # %% ../../nbs/07_metrics/10_folder.ipynb #2c09f172
 import warnings
@@ -41,9 +41,13 @@ def _measured(jobs, protocol, workers) -> Iterator[Scores]:
     if workers <= 1:
         yield from (evaluate_files(paths, protocol) for paths in jobs)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try: yield from pool.map(evaluate_files, jobs, [protocol] * len(jobs))
-        except BaseException: pool.shutdown(cancel_futures=True); raise
+    one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
+    with ProcessPoolExecutor(workers, get_context("spawn"), **one_thread) as pool:
+        try:
+            yield from pool.map(evaluate_files, jobs, [protocol] * len(jobs))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 # %% ../../nbs/07_metrics/10_folder.ipynb #f492ad15
 def evaluate_folder(
@@ -88,7 +92,8 @@ def to_table(
     for metric, why in table.attrs["undefined"].items():
         stem, reason = next(iter(why.items()))
         warnings.warn(
-            f"{metric} is undefined for {len(why)} of {len(table)} images ({stem}: {reason}); means leave them out",
+            f"{metric} is undefined for {len(why)} of {len(table)} images ({stem}: {reason}); "
+            "means leave them out",
             UndefinedWarning, stacklevel=3,
         )
     return table
@@ -123,6 +128,9 @@ def read_csv(
         tables[name].columns.name, tables[name].attrs = protocol, {"protocol": protocol, "undefined": {}}
     return tables
 
+# %% ../../nbs/07_metrics/10_folder.ipynb #5d9eca76
+def _number(x): return "undefined" if x != x else f"{x:.4f}"
+
 # %% ../../nbs/07_metrics/10_folder.ipynb #821f3644
 def format_summary(
     tables: Mapping[str, pd.DataFrame],  # method -> table of `evaluate_folder`
@@ -134,17 +142,12 @@ def format_summary(
         cells = {m: [_number(r["mean"]), _number(r["low"]), _number(r["high"])] for m, r in s.iterrows()}
         block = pd.DataFrame(cells, index=["mean", "95% from", "95% to"])
         lines += [f"{name}, {len(table)} images, protocol {table.attrs['protocol']}", block.to_string()]
-        lines += [
-            f"{m}: undefined for {len(why)} of {len(table)} images: "
-            + ", ".join(f"{k} ({v})" for k, v in list(why.items())[:3])
-            + (" ..." if len(why) > 3 else "")
-            for m, why in table.attrs["undefined"].items()
-        ]
+        for metric, why in table.attrs["undefined"].items():
+            first = ", ".join(f"{stem} ({reason})" for stem, reason in list(why.items())[:3])
+            more = " ..." if len(why) > 3 else ""
+            lines.append(f"{metric}: undefined for {len(why)} of {len(table)} images: {first}{more}")
         lines.append("")
     return "\n".join(lines)
-
-# %% ../../nbs/07_metrics/10_folder.ipynb #5d9eca76
-def _number(x): return "undefined" if x != x else f"{x:.4f}"
 
 # %% ../../nbs/07_metrics/10_folder.ipynb #87676841
 def method_names(
@@ -158,6 +161,25 @@ def method_names(
         names = ["/".join(p.parts[-depth:]) for p in paths]
         if len(set(names)) == len(names): return names
     return [str(p) for p in paths]
+
+# %% ../../nbs/07_metrics/10_folder.ipynb #46c5d009
+def _p_value(x):
+    "A p-value for people, with four decimals."
+    if x != x: return "undefined"
+    return "<0.0001" if x < 5e-5 else f"{x:.4f}"
+
+# %% ../../nbs/07_metrics/10_folder.ipynb #bdd22560
+def format_comparison(
+    tables: Mapping[str, pd.DataFrame],  # method -> table of `evaluate_folder`; the first is the reference
+) -> str:  # lines of text
+    "Paired differences to the first method, with intervals and p-values."
+    title = (
+        f"Paired differences (method − {next(iter(tables))}), "
+        "95% bootstrap interval, Wilcoxon p, Holm p over all rows"
+    )
+    result = compare_tables(tables).drop(columns="against")
+    for p in ("p", "p_holm"): result[p] = result[p].map(_p_value)
+    return f"{title}\n{result.to_string(index=False, float_format=_number, na_rep='undefined')}"
 
 # %% ../../nbs/07_metrics/10_folder.ipynb #48dd085b
 def evaluate_command(
@@ -174,16 +196,11 @@ def evaluate_command(
     names = method_names([fused, *compare])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UndefinedWarning)  # the summary states them
-        tables = {name: evaluate_folder(fused=folder, ir=ir, vis=vis, protocol=protocol, workers=workers)
-                  for name, folder in zip(names, (fused, *compare), strict=True)}
+        tables = {
+            name: evaluate_folder(fused=folder, ir=ir, vis=vis, protocol=protocol, workers=workers)
+            for name, folder in zip(names, (fused, *compare), strict=True)
+        }
     if csv: write_csv(tables, csv)
     print(format_summary(tables))
-    if compare:
-        print(
-            f"Paired differences (method − {names[0]}), 95% bootstrap interval, Wilcoxon p, Holm p over all rows"
-        )
-        result = compare_tables(tables).drop(columns="against")
-        for p in ("p", "p_holm"):
-            result[p] = ["undefined" if x != x else "<0.0001" if x < 5e-5 else f"{x:.4f}" for x in result[p]]
-        print(result.to_string(index=False, float_format=_number, na_rep="undefined"))
+    if compare: print(format_comparison(tables))
     return 0

@@ -44,31 +44,33 @@ class Protocol:
 
 # %% ../../nbs/07_metrics/07_protocols.ipynb #75c22e7c
 TABLE1 = Protocol("table1", "as Table 1 of the paper was measured")
+
+def _changed(name: str, note: str, **fields) -> Protocol:
+    "Table 1 with other values in some fields."
+    return replace(TABLE1, name=name, note=note, **fields)
+
+# %% ../../nbs/07_metrics/07_protocols.ipynb #10932267
 PROTOCOLS = {
     p.name: p
     for p in (
         TABLE1,
-        replace(
-            TABLE1, name="toolbox", note="MI in bits, AG with 1/2, SSIM range 255", mi_unit="bits",
-            ag_half=True, ssim_range=255.0,
+        _changed(
+            "toolbox", "MI in bits, AG with 1/2, SSIM range 255",
+            mi_unit="bits", ag_half=True, ssim_range=255.0,
         ),
-        replace(TABLE1, name="truncated", note="gray values cut off instead of rounded", rounding="truncate"),
-        replace(TABLE1, name="en_nats", note="EN in nats", en_unit="nats"),
-        replace(TABLE1, name="mi_bits", note="MI in bits", mi_unit="bits"),
-        replace(TABLE1, name="sf_pixels", note="SF's sums divided by H·W", sf_mean="pixels"),
-        replace(TABLE1, name="ag_half", note="AG with 1/2 under the root", ag_half=True),
-        replace(
-            TABLE1, name="vif_swapped", note="VIF with the fused image as reference", vif_reference="fused"
-        ),
-        replace(
-            TABLE1, name="vif_keep_negative", note="VIF that counts negative gains", vif_drop_negative=False
-        ),
-        replace(TABLE1, name="qabf_folded", note="Qabf with angles folded at 90°", qabf_fold=True),
-        replace(TABLE1, name="qabf_replicate", note="Qabf with replicated borders", qabf_border="replicate"),
-        replace(TABLE1, name="ssim_range255", note="SSIM with data range 255", ssim_range=255.0),
-        replace(TABLE1, name="ssim_float64", note="SSIM in double precision", ssim_float64=True),
-        replace(TABLE1, name="ssim_uncropped", note="SSIM with a mirrored border", ssim_crop=False),
-        replace(TABLE1, name="ssim_mean", note="SSIM averaged over the sources", ssim_sources="mean"),
+        _changed("truncated", "gray values cut off instead of rounded", rounding="truncate"),
+        _changed("en_nats", "EN in nats", en_unit="nats"),
+        _changed("mi_bits", "MI in bits", mi_unit="bits"),
+        _changed("sf_pixels", "SF's sums divided by H·W", sf_mean="pixels"),
+        _changed("ag_half", "AG with 1/2 under the root", ag_half=True),
+        _changed("vif_swapped", "VIF with the fused image as reference", vif_reference="fused"),
+        _changed("vif_keep_negative", "VIF that counts negative gains", vif_drop_negative=False),
+        _changed("qabf_folded", "Qabf with angles folded at 90°", qabf_fold=True),
+        _changed("qabf_replicate", "Qabf with replicated borders", qabf_border="replicate"),
+        _changed("ssim_range255", "SSIM with data range 255", ssim_range=255.0),
+        _changed("ssim_float64", "SSIM in double precision", ssim_float64=True),
+        _changed("ssim_uncropped", "SSIM with a mirrored border", ssim_crop=False),
+        _changed("ssim_mean", "SSIM averaged over the sources", ssim_sources="mean"),
     )
 }
 
@@ -122,12 +124,12 @@ def measure(
     p = get_protocol(protocol)
     images = [i.float() for i in (fused, ir, vis)]
     if any(i.ndim != 4 or i.shape[1] != 1 or i.shape != images[0].shape for i in images):
-        raise InputError(
-            f"fused, ir, vis: expected one shape B×1×H×W, found {', '.join(str(tuple(i.shape)) for i in images)}"
-        )
+        found = ", ".join(str(tuple(i.shape)) for i in images)
+        raise InputError(f"fused, ir, vis: expected one shape B×1×H×W, found {found}")
     if min(images[0].shape[-2:]) < VIF_MIN_SIDE:
+        height, width = images[0].shape[-2:]
         raise InputError(
-            f"VIF has no value for {images[0].shape[-2]}×{images[0].shape[-1]} pixels; both sides need at least {VIF_MIN_SIDE}"
+            f"VIF has no value for {height}×{width} pixels; both sides need at least {VIF_MIN_SIDE}"
         )
     if images[0].device.type != "cpu": return {name: metric(p, *images) for name, metric in METRICS.items()}
     with one_thread():
@@ -151,7 +153,8 @@ def to_gray(
         raise InputError(f"{name}: is no array of numbers ({e}); pass an H×W array or tensor") from e
     if x.ndim != 2 or not x.numel():
         raise InputError(
-            f"{name}: expected a gray H×W image, found shape {tuple(x.shape)}; turn colour into luminance and pass one image at a time"
+            f"{name}: expected a gray H×W image, found shape {tuple(x.shape)}; "
+            "turn colour into luminance and pass one image at a time"
         )
     if x.is_complex():
         raise InputError(f"{name}: contains complex values; pass magnitudes from 0 to 255")

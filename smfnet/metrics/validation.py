@@ -13,12 +13,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
-from ..data.patches import LoadedPair
-from . import evaluate
-from ..network.model import SMFNet
 from ..core.provenance import atomic_path
+from ..data.patches import LoadedPair
+from .protocols import evaluate
+from ..network.model import SMFNet
 
 # %% ../../nbs/07_metrics/11_validation.ipynb #24d8dac3
 STAGE2_METRICS = ("EN", "SD", "SF", "AG", "Qabf", "SSIM")
@@ -68,24 +69,28 @@ class Validation:
         if self.pictures: self._draw(drawn[:self.shown])
         return {k: float(np.mean([r[k] for r in rows])) for k in rows[0]}
 
-    def _measure(self, both: dict[str, Tensor], out: dict[str, Tensor]) -> dict[str, float]:
-        if self.stage == 1: return {f"psnr_{k}": psnr(out[f"recon_{k}"], both[k]) for k in ("ir", "vis")}
-        values = evaluate(fused=_levels(out["fused"]), ir=_levels(both["ir"]), vis=_levels(both["vis"]))
-        return {k: values[k] for k in STAGE2_METRICS}
+# %% ../../nbs/07_metrics/11_validation.ipynb #9af14875
+@patch
+def _measure(self: Validation, both: dict[str, Tensor], out: dict[str, Tensor]) -> dict[str, float]:
+    "Metrics of one pair: PSNR of both reconstructions, or those of the fused image."
+    if self.stage == 1: return {f"psnr_{k}": psnr(out[f"recon_{k}"], both[k]) for k in ("ir", "vis")}
+    values = evaluate(fused=_levels(out["fused"]), ir=_levels(both["ir"]), vis=_levels(both["vis"]))
+    return {k: values[k] for k in STAGE2_METRICS}
 
-    def _draw(self, drawn: list[dict[str, Tensor]]) -> None:
-        fig, axes = plt.subplots(
-            len(drawn), len(drawn[0]), squeeze=False, layout="constrained",
-            figsize=(2.2 * len(drawn[0]), 1.7 * len(drawn)),
-        )
-        for row, images in zip(axes, drawn):
-            for ax, (name, x) in zip(row, images.items()):
-                ax.imshow(x[0, 0].float().cpu(), cmap="gray", vmin=0, vmax=1)
-                ax.set_title(name, fontsize=8)
-                ax.axis("off")
-        number = sum(
-            p.is_file() for p in self.pictures.glob(f"stage{self.stage}-*.png")
-        )  # goes on counting when a run is continued
-        with atomic_path(self.pictures / f"stage{self.stage}-{number:03d}.png") as part:
-            fig.savefig(part, dpi=80)
-        plt.close(fig)
+# %% ../../nbs/07_metrics/11_validation.ipynb #fe3c125e
+@patch
+def _draw(self: Validation, drawn: list[dict[str, Tensor]]) -> None:
+    "Write a picture with one line a pair; the number goes on when a run is continued."
+    lines, columns = len(drawn), len(drawn[0])
+    fig, axes = plt.subplots(
+        lines, columns, squeeze=False, layout="constrained", figsize=(2.2 * columns, 1.7 * lines)
+    )
+    for row, images in zip(axes, drawn):
+        for ax, (name, x) in zip(row, images.items()):
+            ax.imshow(x[0, 0].float().cpu(), cmap="gray", vmin=0, vmax=1)
+            ax.set_title(name, fontsize=8)
+            ax.axis("off")
+    number = sum(p.is_file() for p in self.pictures.glob(f"stage{self.stage}-*.png"))
+    with atomic_path(self.pictures / f"stage{self.stage}-{number:03d}.png") as part:
+        fig.savefig(part, dpi=80)
+    plt.close(fig)

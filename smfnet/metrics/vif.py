@@ -30,7 +30,7 @@ def local_moments(
     part: Tensor,  # B×3×h×W: fused and both sources
     weights: list[float],  # Gaussian window
     scratch: Scratch,  # memory to work in
-) -> tuple[Tensor, Tensor, Tensor]:  # variance of fused B×1×.., of the sources B×2×.., their covariance B×2×..
+) -> tuple[Tensor, Tensor, Tensor]:  # variances B×1×h×w of fused, B×2×h×w of sources, covariances B×2×h×w
     "Gaussian-weighted local variances (never negative) and covariances."
     m = filter_valid(moment_planes(part, torch.float64, scratch), weights, scratch=scratch)
     mean = m[:, :3]
@@ -88,7 +88,8 @@ def vif(
     images = torch.cat([fused, ir, vis], 1)
     if min(images.shape[-2:]) < VIF_MIN_SIDE:
         raise InputError(
-            f"VIF: {images.shape[-2]}×{images.shape[-1]} pixels are too few for its four scales; both sides need at least {VIF_MIN_SIDE}"
+            f"VIF: {images.shape[-2]}×{images.shape[-1]} pixels are too few for its four scales; "
+            f"both sides need at least {VIF_MIN_SIDE}"
         )
     flat = images.flatten(2)
     constant = flat.amax(2) == flat.amin(2)

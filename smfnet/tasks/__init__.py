@@ -12,9 +12,9 @@ from ..core.front_door import front_door
 __getattr__, __dir__, __all__ = front_door(__name__, {
     "Samples": "samples",
     "TaskTrainer": "loop",
-    "Segmenter": "segmentation",
+    "Segmenter": "segmenter",
     "train_segmenter": "segmentation",
-    "Detector": "detection",
+    "Detector": "detector",
     "train_detector": "detection",
     "compare_inputs": "comparison",
 })

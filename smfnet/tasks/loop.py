@@ -27,6 +27,15 @@ from ..training.trainer import Trainer
 _WORDS = {"optimiser": ("sgd", "adamw"), "schedule": ("constant", "poly", "cosine")}
 _POSITIVE = ("lr", "batch", "accumulate")
 
+def _check_number(name: str, value, whole: bool) -> None:
+    "Raise `InputError` unless a field holds a finite number in its range."
+    kinds = int if whole else (int, float)
+    number = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value < 0 or (name in _POSITIVE and not value):
+        kind, least = "whole " if whole else "", "above 0" if name in _POSITIVE else "of 0 or more"
+        raise InputError(f"{name}: {value!r}; give a {kind}number {least}")
+
+# %% ../../nbs/08_tasks/02_loop.ipynb #c999d6b0
 def _check_task_recipe(r) -> None:
     "Raise `InputError` for the first field of a wrong type or out of range."
     for f in fields(r):
@@ -38,15 +47,7 @@ def _check_task_recipe(r) -> None:
             if not isinstance(value, bool):
                 raise InputError(f"{f.name}: {value!r}; give true or false")
         elif kind in (int, float):
-            number = (
-                isinstance(value, int if kind is int else (int, float))
-                and not isinstance(value, bool)
-                and math.isfinite(value)
-            )
-            if not number or value < 0 or (f.name in _POSITIVE and not value):
-                raise InputError(
-                    f"{f.name}: {value!r}; give a {'whole ' if kind is int else ''}number {'above 0' if f.name in _POSITIVE else 'of 0 or more'}"
-                )
+            _check_number(f.name, value, whole=kind is int)
     epochs = r.epochs if isinstance(r.epochs, (tuple, list)) else ()
     if len(epochs) != 1 or type(epochs[0]) is not int or epochs[0] < 1:
         raise InputError(f"epochs: {r.epochs!r}; give one whole number above 0 in brackets, such as (100,)")
@@ -110,10 +111,11 @@ def parameter_groups(
 
 # %% ../../nbs/08_tasks/02_loop.ipynb #7da6f11a
 class TaskNetwork(nn.Module):
-    "A network with a configuration and a note on where its weights began, kept in one file."
-    word, format, configuration = (
-        "network", "", None,
-    )  # what messages call it; mark of its files; class of `config`, with channels and stored()
+    "A network with a configuration and a note on where its weights began, saved in one file."
+    word = "network"  # what messages call it
+    format = ""  # mark of its files
+    configuration = None  # class of `config`, with channels and stored()
+
     def __init__(self, config):
         super().__init__()
         self.config, self.initial = config, "random weights; no pretrained backbone"
@@ -125,7 +127,8 @@ class TaskNetwork(nn.Module):
         "What the first layer sees; `InputError` for another number of channels."
         if image.ndim != 4 or image.shape[1] != self.config.channels:
             raise InputError(
-                f"image: {tuple(image.shape)}, but this {self.word} takes B×{self.config.channels}×H×W; use the input that it was trained for"
+                f"image: {tuple(image.shape)}, but this {self.word} takes B×{self.config.channels}×H×W; "
+                "use the input that it was trained for"
             )
         return (image - 0.45) / 0.225
 
@@ -137,10 +140,8 @@ def save(
     **metadata: str,  # anything worth remembering: seed, recipe
 ) -> None:
     "Write weights and configuration, atomically."
-    header = {
-        "format": self.format, "config": json.dumps(self.config.stored()), "initial": self.initial,
-        **metadata,
-    }
+    config = json.dumps(self.config.stored())
+    header = {"format": self.format, "config": config, "initial": self.initial, **metadata}
     state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
     with atomic_path(path) as part: save_file(state, part, header)
 
@@ -160,7 +161,8 @@ def load(
         ) from e
     if header.get("format") != cls.format:
         raise InputError(
-            f"{path}: no weights of a {cls.word} (format {header.get('format')!r}); give a file that {cls.__name__}.save wrote"
+            f"{path}: no weights of a {cls.word} (format {header.get('format')!r}); "
+            f"give a file that {cls.__name__}.save wrote"
         )
     model = cls(cls.configuration(**json.loads(header["config"])))
     try:
@@ -170,32 +172,35 @@ def load(
     model.initial = header["initial"]
     return model.eval()
 
+# %% ../../nbs/08_tasks/02_loop.ipynb #10ded618
+def _read_backbone(path: Path) -> dict[str, Tensor]:
+    "The weights of a ResNet file without its classifier; `InputError` if it cannot be read."
+    if not path.is_file():
+        raise InputError(
+            f"backbone: {path.parent} holds no model.safetensors; "
+            "name a local folder with a ResNet of transformers, or leave it empty"
+        )
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"backbone: {path} cannot be read ({e}); copy the file again") from e
+    return {k.removeprefix("resnet."): v for k, v in state.items() if not k.startswith("classifier.")}
+
 # %% ../../nbs/08_tasks/02_loop.ipynb #aeeee554
 def load_backbone(
     body: nn.Module,  # a ResNet of transformers, changed in place
     folder: str | Path,  # holds its pretrained model.safetensors
 ) -> str:  # what the weights are
     "Put the weights of a local file into a backbone; `InputError` if they do not fit."
-    path, first, own = (
-        Path(folder, "model.safetensors"), "embedder.embedder.convolution.weight", body.state_dict(),
-    )
-    if not path.is_file():
-        raise InputError(
-            f"backbone: {folder} holds no model.safetensors; name a local folder with a ResNet of transformers, or leave it empty"
-        )
-    try:
-        state = {
-            k.removeprefix("resnet."): v
-            for k, v in load_file(path).items()
-            if not k.startswith("classifier.")
-        }
-    except (SafetensorError, OSError) as e:
-        raise InputError(f"backbone: {path} cannot be read ({e}); copy the file again") from e
+    path, own = Path(folder, "model.safetensors"), body.state_dict()
+    state, first = _read_backbone(path), "embedder.embedder.convolution.weight"
     if first in state and (state[first].shape[1], own[first].shape[1]) == (3, 4):
         state[first] = torch.cat([state[first], state[first].mean(1, keepdim=True)], 1) * 0.75
-    if wrong := sorted(k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape):
+    fits = lambda k: k in own and k in state and own[k].shape == state[k].shape
+    if wrong := sorted(k for k in own.keys() | state.keys() if not fits(k)):
         raise InputError(
-            f"backbone: {folder} is another network than the preset's (differs in {wrong[0]} and {len(wrong) - 1} more); choose the preset that fits"
+            f"backbone: {folder} is another network than the preset's "
+            f"(differs in {wrong[0]} and {len(wrong) - 1} more); choose the preset that fits"
         )
     body.load_state_dict(state)
     return f"pretrained backbone {Path(folder).name}, weights {sha256(path)[:12]}"
@@ -213,7 +218,7 @@ class TaskTrainer(Trainer):
         seed: int = 0,  # recorded; order, crops and flips come from `data.seed`
         device: str = "cpu",  # "cpu" or "cuda"
         checkpoint_every: int = 100,  # optimiser steps between checkpoints
-        validate: Callable[[nn.Module], dict[str, float]] | None = None,  # called after epochs, model in evaluation mode
+        validate: Callable[[nn.Module], dict[str, float]] | None = None,  # called after epochs
         validate_every: int = 10,  # epochs between validations
         accelerator=None,  # an `accelerate.Accelerator`: each process trains on its share of every batch
     ):
@@ -229,28 +234,33 @@ class TaskTrainer(Trainer):
         "Length of the whole run."
         return self.recipe.epochs[0] * (self.batches // self.recipe.accumulate)
 
-    def new_optimiser(self) -> torch.optim.Optimizer:
-        "SGD with momentum, or AdamW."
-        r, groups = self.recipe, parameter_groups(self.model, self.recipe.weight_decay)
-        return (
-            torch.optim.SGD(groups, lr=r.lr, momentum=r.momentum)
-            if r.optimiser == "sgd"
-            else torch.optim.AdamW(groups, lr=r.lr)
-        )
+# %% ../../nbs/08_tasks/02_loop.ipynb #37f13873
+@patch
+def new_optimiser(self: TaskTrainer) -> torch.optim.Optimizer:
+    "SGD with momentum, or AdamW."
+    r, groups = self.recipe, parameter_groups(self.model, self.recipe.weight_decay)
+    if r.optimiser == "sgd": return torch.optim.SGD(groups, lr=r.lr, momentum=r.momentum)
+    return torch.optim.AdamW(groups, lr=r.lr)
 
-    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:  # total and detached terms
-        "The network's own loss of a batch."
-        return self.call(batch)
+# %% ../../nbs/08_tasks/02_loop.ipynb #41ce837f
+@patch
+def loss(
+    self: TaskTrainer,
+    batch: dict[str, Tensor],
+) -> tuple[Tensor, dict[str, Tensor]]:  # total and detached terms
+    "The network's own loss of a batch."
+    return self.call(batch)
 
-    def clip(self) -> dict[str, Tensor]:  # the norm before clipping
-        "Clip the gradient of the whole network."
-        return {
-            "all": nn.utils.clip_grad_norm_(
-                [p for p in self.model.parameters() if p.grad is not None], self.recipe.clip or math.inf
-            )
-        }
+# %% ../../nbs/08_tasks/02_loop.ipynb #933c2b2a
+@patch
+def clip(self: TaskTrainer) -> dict[str, Tensor]:  # the norm before clipping
+    "Clip the gradient of the whole network."
+    trained = [p for p in self.model.parameters() if p.grad is not None]
+    return {"all": nn.utils.clip_grad_norm_(trained, self.recipe.clip or math.inf)}
 
-    def set_rates(self) -> None:
-        "The learning rate of this step, for every parameter."
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate(self.recipe, self.progress.step, self.steps)
+# %% ../../nbs/08_tasks/02_loop.ipynb #60594853
+@patch
+def set_rates(self: TaskTrainer) -> None:
+    "The learning rate of this step, for every parameter."
+    for group in self.optimiser.param_groups:
+        group["lr"] = rate(self.recipe, self.progress.step, self.steps)

@@ -53,20 +53,16 @@ def scene_kind(
 ) -> str:  # a key of `KINDS`, or empty
     "Kind of a scene by its name: scene_0001_night, or 00001N of MFNet."
     last = stem.rsplit("_", 1)[-1]
-    return (
-        last
-        if last in KINDS
-        else {"D": "day", "N": "night"}[stem[-1]]
-        if re.fullmatch(r"\d{5}[DN]", stem)
-        else ""
-    )
+    if last in KINDS: return last
+    if re.fullmatch(r"\d{5}[DN]", stem): return {"D": "day", "N": "night"}[stem[-1]]
+    return ""
 
 # %% ../../nbs/08_tasks/03_results.ipynb #fdb75295
 def weights_by_kind(
     stems: Sequence[str],  # names of n images
     resamples: int = 200,
 ) -> Iterator[tuple[str, int, np.ndarray]]:  # kind, its number of images, and weights, (1+resamples)×n int64
-    "For all images and each kind: how often the kind itself (first row) and each of its resamples hold each image."
+    "For all images and each kind: how often the kind (first row) and its resamples hold each image."
     kinds = np.array([scene_kind(s) for s in stems])
     for kind in ("all", *(k for k in KINDS if k in kinds)):
         at = np.flatnonzero((kinds == kind) | (kind == "all"))
@@ -121,9 +117,8 @@ def difference_table(
     "Second minus first input on the same images, with 95 % intervals, for all and for each kind of scene."
     rows = []
     for kind, n, times in weights_by_kind(stems, resamples):
-        a, b = (
-            np.stack([measure(times) for measure in side]) for side in (first, second)
-        )  # seeds × (1+R) × M
+        a = np.stack([measure(times) for measure in first])  # seeds × (1+R) × M
+        b = np.stack([measure(times) for measure in second])
         each = b[:, 0] - a[:, 0]
         spread = each.std(0, ddof=1) if len(each) > 1 else np.full(each.shape[1], np.nan)
         columns = zip(
@@ -131,10 +126,8 @@ def difference_table(
             *interval(b[:, 1:].mean(0) - a[:, 1:].mean(0)), spread,
         )
         rows += [(kind, *column, n, len(each)) for column in columns]
-    return pd.DataFrame(
-        rows,
-        columns=["kind", "metric", "a", "b", "difference", "low", "high", "spread", "n_images", "n_seeds"],
-    )
+    columns = ["kind", "metric", "a", "b", "difference", "low", "high", "spread", "n_images", "n_seeds"]
+    return pd.DataFrame(rows, columns=columns)
 
 # %% ../../nbs/08_tasks/03_results.ipynb #4e6fd513
 def _read(path: Path) -> pd.DataFrame:
@@ -150,7 +143,8 @@ def _read(path: Path) -> pd.DataFrame:
         ) from e
     if lacking := [c for c in TASK_COLUMNS if c not in rows]:
         raise InputError(
-            f"{path}: lacks the columns {', '.join(lacking)}; run the stage 'segmentation' or 'detection' again"
+            f"{path}: lacks the columns {', '.join(lacking)}; "
+            "run the stage 'segmentation' or 'detection' again"
         )
     return rows[list(TASK_COLUMNS)]
 
@@ -164,12 +158,12 @@ def read_task_rows(
         raise InputError("rows: no file was named; run the stages 'segmentation' and 'detection' first")
     rows = pd.concat([_read(path) for path in found], ignore_index=True)
     if (doubled := rows.duplicated(["task", "set", "input", "seed", "kind", "metric"])).any():
-        raise InputError(
-            f"rows: {' '.join(map(str, rows.loc[doubled, ['task', 'input', 'seed', 'metric']].iloc[0]))} is there twice; name each file once"
-        )
+        first = rows.loc[doubled, ["task", "input", "seed", "metric"]].iloc[0]
+        raise InputError(f"rows: {' '.join(map(str, first))} is there twice; name each file once")
     if (unequal := rows.groupby(["task", "set"])["conditions"].nunique() > 1).any():
         raise InputError(
-            f"rows: {' on '.join(unequal[unequal].index[0])} was measured under different networks, recipes or data; run the stage alike for each input"
+            f"rows: {' on '.join(unequal[unequal].index[0])} was measured under different networks, recipes "
+            "or data; run the stage alike for each input"
         )
     return rows
 
@@ -186,13 +180,14 @@ PRINTED = {
     },
 }
 
+# %% ../../nbs/08_tasks/03_results.ipynb #c88f8e87
 def as_measured(
     rows: pd.DataFrame,  # columns `TASK_COLUMNS`
     task: str,  # "detection" or "segmentation"
     *,
     kind: str = "all",  # of scene
-) -> pd.DataFrame:  # set, method, metric, mean, low, high, n, seed, protocol, origin: what `smfnet.report.tables` reads
-    "One task's rows with the names of the paper's columns; an input counts as a method. `InputError` if there are none."
+) -> pd.DataFrame:  # what `smfnet.report.tables` reads: set, method, metric, mean, low, high, n, seed, …
+    "One task's rows with the names of the paper's columns, inputs as methods; `InputError` without rows."
     if task not in PRINTED:
         raise InputError(f"task: {task!r} is unknown; choose one of {', '.join(PRINTED)}")
     part = rows[(rows["task"] == task) & (rows["kind"] == kind)]
@@ -217,16 +212,18 @@ def revision_remarks(
     now: str | None = None,  # revision that writes the table; None: the present one
 ) -> list[str]:  # sentences
     "Which rows were computed at another revision, and how many seeds and images there are."
-    now, said = revision_text() if now is None else now, []
+    now = revision_text() if now is None else now
+    said = []
     for (task, name), part in rows.groupby(["task", "set"], sort=False):
         seeds, images = part["seed"].nunique(), part.loc[part["kind"] == "all", "n_images"].max()
-        said.append(
-            f"{task} on {name}: {images} test images, {seeds} seed{'s' * (seeds != 1)}, conditions {part['conditions'].iloc[0]}."
-        )
+        seed = "seed" if seeds == 1 else "seeds"
+        conditions = part["conditions"].iloc[0]
+        said.append(f"{task} on {name}: {images} test images, {seeds} {seed}, conditions {conditions}.")
         for revision, old in part.groupby("revision", sort=False):
             if revision != now:
+                inputs = ", ".join(old["input"].unique())
                 said.append(
-                    f"Computed earlier at revision {revision}, not at the present one ({now}): {', '.join(old['input'].unique())}."
+                    f"Computed earlier at revision {revision}, not at the present one ({now}): {inputs}."
                 )
     return said
 
@@ -235,7 +232,7 @@ def result_folders(
     folders: Sequence[str | Path],  # results of a stage; a * stands for any part of a name
     task: str,  # "detection" or "segmentation"
 ) -> dict[str, Path]:  # input -> folder
-    "Where the results of each input lie; `InputError` for missing results, or results under other conditions."
+    "Where the results of each input lie; `InputError` if they are missing or of other conditions."
     found, states = {}, set()
     for folder in (Path(p) for f in folders for p in (sorted(glob(str(f))) if "*" in str(f) else [str(f)])):
         try:
@@ -252,7 +249,8 @@ def result_folders(
         raise InputError(f"results: no folder was found; run the stage {task} first")
     if len(states) > 1:
         raise InputError(
-            f"results: were made under different networks, recipes or data; run the stage {task} alike for each input"
+            "results: were made under different networks, recipes or data; "
+            f"run the stage {task} alike for each input"
         )
     return found
 

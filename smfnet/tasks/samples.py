@@ -30,11 +30,10 @@ def _source_bytes(pair, name: str) -> np.ndarray:
     byte = lambda x: np.rint(np.clip(x, 0, 1) * 255).astype(np.uint8)
     ir = byte(pair.ir)[..., None]
     if name == "infrared": return ir.repeat(3, axis=2)
-    visible = (
-        byte(pair.vis)[..., None].repeat(3, axis=2)
-        if pair.chroma is None
-        else byte(ycbcr_to_rgb(pair.vis, *pair.chroma))
-    )
+    if pair.chroma is None:
+        visible = byte(pair.vis)[..., None].repeat(3, axis=2)
+    else:
+        visible = byte(ycbcr_to_rgb(pair.vis, *pair.chroma))
     return visible if name == "visible" else np.concatenate([visible, ir], axis=2)
 
 # %% ../../nbs/08_tasks/01_samples.ipynb #21644def
@@ -42,21 +41,19 @@ def _fused_bytes(path: Path, shape: tuple[int, int]) -> np.ndarray:
     "Bytes of a fused image, H×W×3 uint8; `InputError` for one of another size."
     px = read_pixels(path)
     if px.values.shape[:2] != shape:
+        h, w = px.values.shape[:2]
         raise InputError(
-            f"{path}: {px.values.shape[1]}×{px.values.shape[0]} pixels, but its sources have {shape[1]}×{shape[0]}; fuse the set again"
+            f"{path}: {w}×{h} pixels, but its sources have {shape[1]}×{shape[0]}; fuse the set again"
         )
     if px.full is None:
         raise InputError(f"{path}: {px.mode} pixels have no natural white; save the image with 8 or 16 bits")
     values = np.rint(px.values.astype(np.float32) * np.float32(255 / px.full)).astype(np.uint8)
-    return (
-        values[..., :3]
-        if values.ndim == 3 and values.shape[2] >= 3
-        else values.reshape(*shape, -1)[..., :1].repeat(3, axis=2)
-    )
+    if values.ndim == 3 and values.shape[2] >= 3: return values[..., :3]
+    return values.reshape(*shape, -1)[..., :1].repeat(3, axis=2)
 
 # %% ../../nbs/08_tasks/01_samples.ipynb #300c2afb
 class Samples(Sequence):
-    "Pictures of one input with their targets, read lazily; `InputError` names what is missing or does not fit."
+    "Pictures of one input with their targets, read when asked for; `InputError` names what does not fit."
     def __init__(
         self,
         pairs: PairSet,  # with masks or boxes
@@ -93,7 +90,8 @@ def _fused_files(pairs: PairSet, name: str, fused) -> dict[str, Path]:
     "The fused image of each pair; `InputError` for the first that is missing or there twice."
     if fused is None:
         raise InputError(
-            f"input: {name!r} is none of {', '.join(SOURCES)}; for a fused method name the folder: fused=DIR with {name}/<stem>.png"
+            f"input: {name!r} is none of {', '.join(SOURCES)}; "
+            f"for a fused method name the folder: fused=DIR with {name}/<stem>.png"
         )
     folder = Path(fused, name)
     if not folder.is_dir():
@@ -124,9 +122,10 @@ def _remembered(self: Samples, i: int, make) -> np.ndarray:
 def _bytes(self: Samples, i: int) -> np.ndarray:
     "Picture i, H×W×C uint8."
     pair = self.pairs[i]
-    image = (
-        _fused_bytes(self.files[pair.stem], pair.ir.shape) if self.files else _source_bytes(pair, self.input)
-    )
+    if self.files:
+        image = _fused_bytes(self.files[pair.stem], pair.ir.shape)
+    else:
+        image = _source_bytes(pair, self.input)
     return _resized(image, self.size, Image.Resampling.BILINEAR)
 
 # %% ../../nbs/08_tasks/01_samples.ipynb #73cb6dff
@@ -145,9 +144,8 @@ def image(
     i: int,  # position in the set
 ) -> np.ndarray:  # C×H×W float32, [0,1]
     "Picture i."
-    return np.ascontiguousarray(_remembered(self, i, _bytes).transpose(2, 0, 1)).astype(
-        np.float32
-    ) / np.float32(255)
+    channels_first = np.ascontiguousarray(_remembered(self, i, _bytes).transpose(2, 0, 1))
+    return channels_first.astype(np.float32) / np.float32(255)
 
 # %% ../../nbs/08_tasks/01_samples.ipynb #98f73a9a
 @patch
@@ -166,16 +164,19 @@ def boxes(
 ) -> Boxes:  # in pixels of the (resized) picture
     "Objects of picture i; `InputError` if there is no annotation, or a box leaves the picture."
     found, (h, w) = self.pairs[i].boxes, self.pairs[i].ir.shape
+    ends = np.array([w, h, w, h], np.float32)
     if found is None:
         raise InputError(
             f"{self.pairs!r}, {self.stems[i]}: there is no annotation; add a folder boxes/ beside the images"
         )
-    over = (found.boxes - np.array([w, h, w, h], np.float32)).max(initial=-1)
+    over = (found.boxes - ends).max(initial=-1)
     if over > 1:
+        name = getattr(self.pairs[i].source, "objects", self.stems[i])
         raise InputError(
-            f"{getattr(self.pairs[i].source, 'objects', self.stems[i])}: a box reaches {over:g} pixels over the {w}×{h} image; annotation and image do not belong together"
+            f"{name}: a box reaches {over:g} pixels over the {w}×{h} image; "
+            "annotation and image do not belong together"
         )
-    bounded = np.minimum(found.boxes, np.array([w, h, w, h], np.float32))
+    bounded = np.minimum(found.boxes, ends)
     y, x = (1, 1) if self.size is None else (self.size[0] / h, self.size[1] / w)
     return Boxes((bounded * np.array([x, y, x, y])).astype(np.float32), found.labels, found.classes)
 
@@ -209,11 +210,8 @@ def cropped_boxes(
 def _padded(items: list[np.ndarray]) -> Tensor:
     "Lists of different lengths as one tensor, filled up with -1."
     longest = max(1, *(len(x) for x in items))
-    return torch.from_numpy(
-        np.stack(
-            [np.pad(x, [(0, longest - len(x))] + [(0, 0)] * (x.ndim - 1), constant_values=-1) for x in items]
-        )
-    )
+    after = lambda x: [(0, longest - len(x))] + [(0, 0)] * (x.ndim - 1)
+    return torch.from_numpy(np.stack([np.pad(x, after(x), constant_values=-1) for x in items]))
 
 # %% ../../nbs/08_tasks/01_samples.ipynb #e54e1330
 class TaskBatches:
@@ -292,9 +290,6 @@ def batches(
     order, part = self.order(epoch), size // share[1]
     for first in range(start * size + share[0] * part, len(order) // size * size, size):
         items = [self.sample(epoch, int(i)) for i in order[first:first + part]]
-        yield {
-            k: _padded([x[k] for x in items])
-            if k in ("boxes", "labels")
-            else torch.from_numpy(np.stack([x[k] for x in items]))
-            for k in items[0]
-        }
+        columns = {key: [item[key] for item in items] for key in items[0]}
+        lists = ("boxes", "labels")
+        yield {k: _padded(x) if k in lists else torch.from_numpy(np.stack(x)) for k, x in columns.items()}

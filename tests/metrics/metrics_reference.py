@@ -1,7 +1,7 @@
 """The nine metrics the plain way: NumPy and SciPy, one image at a time, two-dimensional filters.
 
-This file is the yardstick of `smfnet.metrics`: it follows the written protocol of Table 1 word by word, shares no code
-with the package, and is slow. A = infrared, B = visible, F = fused, all H×W with whole numbers 0-255.
+This is the yardstick of `smfnet.metrics`: it follows the written protocol of Table 1 word by word, shares no
+code with the package, and is slow. A = infrared, B = visible, F = fused, all H×W with whole numbers 0-255.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""The fast metrics against the plain reference, the golden values, and the properties that should and should not hold."""
+"""The fast metrics against the plain reference and the golden values; what must hold and what must not."""
 
 import json
 import warnings
@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.ndimage import uniform_filter
 
 from smfnet.core.checks import InputError, data_dir, golden_file
 from smfnet.metrics import PROTOCOLS, evaluate, evaluate_command, evaluate_folder
@@ -43,7 +44,12 @@ def triple(seed, height=60, width=70, smooth=2):
 
 
 def close(fast, plain, rtol=1e-6):
-    "All metrics agree; 1e-6 leaves room for float32 sums and thresholds, a wrong convention shows at 1e-4 or more."
+    """All metrics agree to 1e-6.
+
+    The values of single pixels in Qabf and AG are float32, with a relative rounding of 6e-8 that may differ
+    between processors, before they are summed in float64. Every other metric is float64, or rounds to float32
+    where the definition says so (SSIM). A wrong convention shows at 1e-4 or more. `abs` is for values near 0.
+    """
     for name, value in fast.items():
         assert value == pytest.approx(plain[name], rel=rtol, abs=1e-9), name
 
@@ -153,11 +159,8 @@ def test_input_is_left_alone():
 
 @pytest.mark.parametrize("method", ["DIDFuse", "PMGI"])
 def test_golden_values(method):
-    golden, folder, tno = (
-        golden_file("metrics_TNO.json"),
-        data_dir("fused", "TNO", method),
-        data_dir("TNO", "test"),
-    )
+    golden, folder = golden_file("metrics_TNO.json"), data_dir("fused", "TNO", method)
+    tno = data_dir("TNO", "test")
     if not (golden and folder and tno):
         pytest.skip("needs SMFNET_GOLDEN and SMFNET_DATA")
     wanted = json.loads(golden.read_text())[method]
@@ -179,7 +182,7 @@ def test_golden_values(method):
     ("name", "want"), [("TNO", (0.9243, 0.5988, 4.71)), ("RoadScene", (0.8530, 0.6040, 5.11))]
 )
 def test_trivial_maximum_meets_ledger_row_23(name, want, tmp_path):
-    "The pixel-wise maximum of the gray sources, saved and measured through files; JPEG and colour sources included."
+    "The pixel-wise maximum of the gray sources through files; JPEG and colour sources included."
     root = data_dir(name, "test")
     if not root:
         pytest.skip("needs SMFNET_DATA")
@@ -194,7 +197,7 @@ def test_trivial_maximum_meets_ledger_row_23(name, want, tmp_path):
 
 
 def test_colour_round_trip_moves_a_real_row(tmp_path):
-    "RoadScene's maximum with the visible colours: files give what the plain round trip gives, not the gray row."
+    "RoadScene's maximum in visible colours: files give what the plain round trip gives, not the gray row."
     root = data_dir("RoadScene", "test")
     if not root:
         pytest.skip("needs SMFNET_DATA")
@@ -215,9 +218,8 @@ def test_colour_round_trip_moves_a_real_row(tmp_path):
     table = evaluate_folder(**roles, progress=False)
     for (_, row), want in zip(table.iterrows(), plain, strict=True):
         close(row.to_dict(), want)
-    assert (
-        abs(table["VIF"].mean() / np.mean([g["VIF"] for g in gray]) - 1) > 1e-4
-    )  # far above the 1e-6 to which files and plain reference agree
+    moved = abs(table["VIF"].mean() / np.mean([g["VIF"] for g in gray]) - 1)
+    assert moved > 1e-4  # far above the 1e-6 to which files and plain reference agree
 
 
 # --- properties
@@ -231,7 +233,8 @@ few = settings(max_examples=20, deadline=None, suppress_health_check=[HealthChec
 @given(images)
 def test_sources_are_interchangeable(three):
     fused, ir, vis = three
-    close(evaluate(fused=fused, ir=ir, vis=vis), evaluate(fused=fused, ir=vis, vis=ir), rtol=1e-12)
+    one, two = evaluate(fused=fused, ir=ir, vis=vis), evaluate(fused=fused, ir=vis, vis=ir)
+    close(one, two, rtol=1e-6)  # the same terms in another order, some of them float32, see `close`
 
 
 @few
@@ -243,8 +246,12 @@ def test_bounds(three):
     entropies = [
         evaluate(fused=x, ir=ir, vis=vis, undefined="report")["EN"] * np.log(2) for x in (fused, ir, vis)
     ]
-    assert 0 <= v["MI"] <= min(entropies[0], entropies[1]) + min(entropies[0], entropies[2]) + 1e-9
-    assert -2 <= v["SCD"] <= 2 and v["VIF"] >= 0 and 0 <= v["Qabf"] <= 1 and -2 <= v["SSIM"] <= 2
+    most = min(entropies[0], entropies[1]) + min(entropies[0], entropies[2])
+    assert 0 <= v["MI"] <= most + 1e-9  # sums of at most 65536 terms below 1 in float64: 1e-11
+    assert abs(v["SCD"]) <= 2 + 1e-12 and v["VIF"] >= 0 and 0 <= v["Qabf"] <= 1
+    # In exact numbers a window's SSIM lies in [-1, 1]. In float32 a variance is the difference of numbers up
+    # to 65025 and off by up to 0.02, or 1e-4 of the variance 225 that the noise in these images has.
+    assert abs(v["SSIM"]) <= 2 + 1e-3
 
 
 @few
@@ -268,25 +275,37 @@ def test_what_ignores_orientation(three, how):
     )
     for name in ("EN", "SD", "SF", "MI", "SCD", "AG"):
         assert after[name] == pytest.approx(before[name], rel=1e-9), name
-    assert after["SSIM"] == pytest.approx(
-        before["SSIM"], rel=5e-3
-    )  # single-precision passes are not symmetric
-    if how == "turn":
-        assert after["Qabf"] == pytest.approx(
-            before["Qabf"], rel=1e-9
-        )  # both differences change sign: same angle
+    # The float32 passes go down first, then across, and round means of squares near 65025 by up to 0.004.
+    # That is 1e-4 of a variance of 225 (the noise) in one window, and less in the mean over two thousand.
+    assert after["SSIM"] == pytest.approx(before["SSIM"], rel=1e-4)
+    if how == "turn":  # both differences change sign: the same angle; float32 before the sums, see `close`
+        assert after["Qabf"] == pytest.approx(before["Qabf"], rel=1e-6)
 
 
 @few
 @given(images, st.integers(1, 40))
 def test_brightness(three, shift):
-    "Adding a constant leaves spread, gradients, shared information and correlations, and must move SSIM."
+    "Adding a constant leaves spread, gradients, shared information and correlations as they are."
     fused, ir, vis = (np.clip(x, 50, 200) for x in three)
     before, after = evaluate(fused=fused, ir=ir, vis=vis), evaluate(fused=fused + shift, ir=ir, vis=vis)
-    for name in ("EN", "SD", "SF", "MI", "AG", "SCD"):
+    for name in ("EN", "SD", "SF", "MI", "AG", "SCD", "VIF"):
         assert after[name] == pytest.approx(before[name], rel=1e-6), name
-    assert after["VIF"] == pytest.approx(before["VIF"], rel=1e-6)
-    assert after["SSIM"] < before["SSIM"]
+
+
+@few
+@given(images, st.integers(1, 40))
+def test_brightness_moves_ssim_by_its_luminance_term(three, shift):
+    """A brighter copy keeps variance and covariance, so SSIM is the mean of (2 μ ν + C1) / (μ² + ν² + C1).
+
+    Checked in float64, where a variance is exact to 1e-10: the term is 3e-5 for one level at a gray of 128,
+    less than what float32 may add. There is no such law for three images: a shift may bring two closer.
+    """
+    x = np.clip(three[0], 50, 200)
+    measured = evaluate(fused=x + shift, ir=x, vis=x, protocol="ssim_float64", undefined="report")["SSIM"]
+    mean = uniform_filter(x.astype(np.float64), 7)[3:-3, 3:-3]
+    brighter, c1 = mean + shift, (0.01 * 2) ** 2
+    luminance = (2 * mean * brighter + c1) / (mean**2 + brighter**2 + c1)
+    assert measured == pytest.approx(2 * luminance.mean(), rel=1e-9) and measured < 2
 
 
 @few
@@ -295,13 +314,13 @@ def test_relabelled_grays_keep_information_only(three, seed):
     "A permutation of gray levels ruins the picture; EN and MI do not notice, VIF and SSIM do."
     fused, ir, vis = three
     table = np.random.default_rng(seed).permutation(256).astype(np.float32)
-    before, after = (
-        evaluate(fused=fused, ir=ir, vis=vis),
-        evaluate(fused=table[fused.astype(int)], ir=ir, vis=vis),
-    )
+    shuffled = table[fused.astype(int)]
+    before, after = evaluate(fused=fused, ir=ir, vis=vis), evaluate(fused=shuffled, ir=ir, vis=vis)
     for name in ("EN", "MI"):
         assert after[name] == pytest.approx(before[name], rel=1e-9), name
-    assert after["VIF"] < before["VIF"] and after["SSIM"] < before["SSIM"]
+    # A random permutation of 256 levels leaves next to nothing of the local order: at most 0.03 of VIF and
+    # 0.13 of SSIM in 250 images.
+    assert after["VIF"] < before["VIF"] / 2 and after["SSIM"] < before["SSIM"] / 2
 
 
 @few
@@ -313,10 +332,9 @@ def test_contrast(three):
     before, after = evaluate(fused=even, ir=ir, vis=vis), evaluate(fused=even / 2, ir=ir, vis=vis)
     for name in ("SD", "SF", "AG"):
         assert after[name] == pytest.approx(before[name] / 2, rel=1e-6), name
-    assert after["EN"] == pytest.approx(before["EN"], rel=1e-9) and after["MI"] == pytest.approx(
-        before["MI"], rel=1e-9
-    )
-    assert after["VIF"] < before["VIF"]
+    for name in ("EN", "MI"):  # one level becomes another: the same counts
+        assert after[name] == pytest.approx(before[name], rel=1e-9), name
+    assert after["VIF"] < before["VIF"]  # of each window log(1 + g²s²/(v + 8)), not log(1 + g²s²/(v + 2))
 
 
 @few
@@ -327,8 +345,9 @@ def test_noise_fools_the_metrics_without_a_reference(three):
     noise = np.random.default_rng(0).normal(0, 25, fused.shape)
     noisy = np.clip(np.rint(fused + noise), 0, 255)
     before, after = evaluate(fused=fused, ir=ir, vis=vis), evaluate(fused=noisy, ir=ir, vis=vis)
-    assert after["SF"] > before["SF"] and after["AG"] > before["AG"]
-    assert after["VIF"] < before["VIF"] and after["SSIM"] < before["SSIM"]
+    # In 250 images at least 1.23 of SF and 1.13 of AG, at most 0.70 of VIF and 0.88 of SSIM.
+    assert after["SF"] > 1.05 * before["SF"] and after["AG"] > 1.05 * before["AG"]
+    assert after["VIF"] < 0.95 * before["VIF"] and after["SSIM"] < 0.95 * before["SSIM"]
 
 
 def test_every_protocol_changes_exactly_what_it_says():
@@ -400,17 +419,15 @@ def test_constant_source_is_undefined_not_zero(level):
     with pytest.raises(KeyError):
         scores["VIF"]
     all_flat = evaluate(fused=fused, ir=flat, vis=flat, undefined="report")
-    assert ("Qabf" in all_flat.undefined) == (
-        level == 0
-    )  # a constant image still has an edge at its zero-padded border
+    # A constant image still has an edge at its zero-padded border, unless it is black.
+    assert ("Qabf" in all_flat.undefined) == (level == 0)
 
 
 def test_constant_fused_image_is_defined():
     fused, ir, vis = triple(11)
     scores = evaluate(fused=np.full_like(fused, 90), ir=ir, vis=vis)
-    assert scores["EN"] == scores["SD"] == scores["SF"] == scores["AG"] == 0 and scores[
-        "VIF"
-    ] == pytest.approx(0, abs=1e-9)
+    assert scores["EN"] == scores["SD"] == scores["SF"] == scores["AG"] == 0
+    assert scores["VIF"] == pytest.approx(0, abs=1e-9)  # variances below 1e-10 count as zero
 
 
 # --- folders
@@ -429,11 +446,8 @@ def folders(tmp_path):
 
 def test_folder_table(folders):
     table = evaluate_folder(**folders, progress=False)
-    assert (
-        list(table.columns) == NAMES
-        and list(table.index) == ["00", "01", "02"]
-        and table.index.name == "stem"
-    )
+    assert list(table.columns) == NAMES
+    assert list(table.index) == ["00", "01", "02"] and table.index.name == "stem"
     assert table.attrs == {"protocol": "table1", "undefined": {}}
     for seed in range(3):
         close(table.loc[f"{seed:02d}"].to_dict(), reference.evaluate(*triple(seed, 50, 64)))
@@ -533,9 +547,7 @@ def test_folder_of_colour_images_gives_the_row_of_the_round_trip(tmp_path):
     for (_, row), want in zip(table.iterrows(), wanted, strict=True):
         close(row.to_dict(), want)
     moved = {name: abs(table[name].mean() / np.mean([w[name] for w in without]) - 1) for name in NAMES}
-    assert moved["SD"] > 1e-3 and moved["SF"] > 1e-3, (
-        moved
-    )  # the round trip is part of the row, not decoration
+    assert moved["SD"] > 1e-3 and moved["SF"] > 1e-3, moved  # the round trip is part of the row
 
 
 def test_reading_meets_reference(tmp_path):
@@ -561,11 +573,8 @@ def test_command(folders, tmp_path, capsys):
         warnings.simplefilter("error", UndefinedWarning)  # the printed table states them instead
         assert evaluate_command(**folders, protocol="mi_bits", csv=csv, compare=[other], workers=1) == 0
     printed = capsys.readouterr().out
-    assert (
-        "mi_bits" in printed
-        and "VIF: undefined for 1 of 3 images: 01 (ir constant)" in printed
-        and "p_holm" in printed
-    )
+    assert "VIF: undefined for 1 of 3 images: 01 (ir constant)" in printed
+    assert "mi_bits" in printed and "p_holm" in printed
     lines = csv.read_text(encoding="utf-8").splitlines()
     assert lines[0] == "protocol,method,stem," + ",".join(NAMES) and len(lines) == 7
     assert sum("undefined" in line for line in lines) == 2 and "nan" not in csv.read_text().lower()

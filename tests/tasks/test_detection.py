@@ -1,4 +1,4 @@
-"""Detection: bad input, exact resume, an independent evaluator, a set in M3FD's layout, and both notebooks."""
+"""Detection: bad input, exact resume, an independent evaluator, M3FD's layout, and both notebooks."""
 
 import importlib.util
 import json
@@ -20,25 +20,12 @@ from smfnet.data.scenes import M3FD_CLASSES, write_scenes
 if any(importlib.util.find_spec(name) is None for name in ("transformers", "monai", "faster_coco_eval")):
     pytest.skip("the extra 'downstream' is not installed", allow_module_level=True)
 
-from smfnet.tasks.detection import (
-    Detections,
-    DetectorConfig,
-    check_leaks,
-    detection_recipe,
-    evaluate,
-    match,
-    new_detector,
-    open_inputs,
-    open_parts,
-    paired,
-    read_found,
-    split_scenes,
-    train_detector,
-    weighted_ap,
-    with_mean,
-)
+from smfnet.tasks.detection import detection_recipe, evaluate, open_inputs, open_parts, train_detector
 from smfnet.tasks.detection_figure import MISSED
+from smfnet.tasks.detection_scores import Detections, match, paired, read_found, weighted_ap, with_mean
+from smfnet.tasks.detector import DetectorConfig, new_detector
 from smfnet.tasks.results import draws
+from smfnet.tasks.scene_split import check_leaks, split_scenes
 
 SMALL = DetectorConfig(
     stem=8,
@@ -75,7 +62,10 @@ def voc(path: Path, boxes: np.ndarray, names: list[str]) -> None:
 
 @pytest.fixture
 def m3fd(tmp_path):
-    """Twenty scenes in M3FD's layout, each twice, as neighbouring pictures of a drive are; names with capitals, one picture without objects."""
+    """Twenty scenes in M3FD's layout, each twice, as neighbouring pictures of a drive are.
+
+    Names have capitals, and one picture has no objects.
+    """
     folder = tmp_path / "M3FD/M3FD_Detection"
     for i, s in enumerate(scenes(20, 33)):
         for again in (0, 1):
@@ -91,12 +81,15 @@ def m3fd(tmp_path):
     return tmp_path
 
 
-# --- exact resume ----------------------------------------------------------------------------------------------
+# --- exact resume -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stop", [1, 4, 7])
 def test_a_stopped_detector_ends_bit_identical(streets, tmp_path, stop, monkeypatch):
-    """Stopped after 1, 4 and 7 of 9 steps and continued in a new trainer, weights, moments and log end as without a stop, random windows included."""
+    """Stopped after 1, 4 and 7 of 9 steps and continued in a new trainer, a run ends as without a stop.
+
+    Weights, moments and log are the same, random windows included: one machine gives equal bits.
+    """
     from smfnet.tasks.loop import TaskTrainer
 
     train, _ = open_parts("visible", data=streets)
@@ -109,11 +102,8 @@ def test_a_stopped_detector_ends_bit_identical(streets, tmp_path, stop, monkeypa
             raise KeyboardInterrupt
         return step(self, batches)
 
-    monkeypatch.setattr(
-        TaskTrainer,
-        "__init__",
-        lambda self, *args, **kwargs: original(self, *args, **{**kwargs, "checkpoint_every": 1}),
-    )
+    every_step = lambda self, *args, **kwargs: original(self, *args, **{**kwargs, "checkpoint_every": 1})
+    monkeypatch.setattr(TaskTrainer, "__init__", every_step)
     monkeypatch.setattr(TaskTrainer, "train_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_detector(train, tmp_path / "stopped", QUICK, config=SMALL, progress=False)
@@ -123,19 +113,12 @@ def test_a_stopped_detector_ends_bit_identical(streets, tmp_path, stop, monkeypa
     assert again.progress.done and again.progress.step == 9
     for name, value in straight.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name]), name
-    moments = lambda t: [
-        t.optimiser.state[p][k]
-        for g in t.optimiser.param_groups
-        for p in g["params"]
-        for k in ("exp_avg", "exp_avg_sq")
-    ]
-    assert (
-        all(torch.equal(a, b) for a, b in zip(moments(straight), moments(again), strict=True))
-        and len(moments(again)) > 40
-    )
-    read = lambda name: pd.read_json(tmp_path / name / "log.jsonl", lines=True).drop(
-        columns="images_per_second"
-    )
+    parameters = lambda t: [p for group in t.optimiser.param_groups for p in group["params"]]
+    moments = lambda t: [t.optimiser.state[p][k] for p in parameters(t) for k in ("exp_avg", "exp_avg_sq")]
+    assert all(torch.equal(a, b) for a, b in zip(moments(straight), moments(again), strict=True))
+    assert len(moments(again)) > 40
+    log = lambda name: pd.read_json(tmp_path / name / "log.jsonl", lines=True)
+    read = lambda name: log(name).drop(columns="images_per_second")
     pd.testing.assert_frame_equal(read("straight"), read("stopped"))
 
 
@@ -150,7 +133,7 @@ def test_a_spent_budget_stops_and_another_run_is_refused(streets, tmp_path):
     assert train_detector(train, tmp_path, QUICK, config=SMALL, progress=False).progress.done
 
 
-# --- learning and scores ---------------------------------------------------------------------------------------
+# --- learning and scores ------------------------------------------------------------------------------------
 
 
 def test_a_short_training_finds_what_it_was_shown(streets, tmp_path):
@@ -167,7 +150,8 @@ def test_a_short_training_finds_what_it_was_shown(streets, tmp_path):
         progress=False,
     )
     after = match(truths, evaluate(run.model, train, progress=False))
-    assert with_mean(after.ap)[-1] > with_mean(before.ap)[-1] + 0.2
+    # From 0 to 0.89-0.96 with eight seeds; half of that leaves room for processors that round in another way.
+    assert with_mean(after.ap)[-1] > with_mean(before.ap)[-1] + 0.45
 
 
 def overlap(a, b) -> float:
@@ -184,15 +168,8 @@ def slow_ap(truths, found, k) -> float:
     }
     if not objects:
         return float("nan")
-    guesses = sorted(
-        (
-            (float(f.scores[j]), i, f.boxes[j])
-            for i, f in enumerate(found)
-            for j in range(len(f.labels))
-            if f.labels[j] == k
-        ),
-        key=lambda g: -g[0],
-    )
+    mine = [(i, f, j) for i, f in enumerate(found) for j in np.flatnonzero(f.labels == k)]
+    guesses = sorted(((float(f.scores[j]), i, f.boxes[j]) for i, f, j in mine), key=lambda g: -g[0])
     taken, right, points = set(), 0, []
     for n, (_, i, box) in enumerate(guesses, 1):
         free = [(overlap(b, box), key) for key, b in objects.items() if key[0] == i and key not in taken]
@@ -206,36 +183,30 @@ def slow_ap(truths, found, k) -> float:
 
 
 def random_case(seed, n=10):
-    """Random objects of six classes, detections on and off them; no two scores are equal."""
+    """Random objects of six classes, detections on and off them; no two scores are equal: one order only."""
     rng = np.random.default_rng(seed)
     truths, found = [], []
     for _ in range(n):
         corner = rng.uniform(0, 90, (rng.integers(0, 7), 2))
         boxes = np.concatenate([corner, corner + rng.uniform(6, 40, corner.shape)], 1).astype(np.float32)
         labels = rng.choice([0, 1, 2, 4, 5], len(boxes))  # class 3 has no object
-        guess = np.concatenate(
-            [
-                boxes.repeat(2, 0) + rng.normal(0, 3, (2 * len(boxes), 4)),
-                rng.uniform(0, 60, (3, 4)) + [0, 0, 60, 60],
-            ]
-        ).astype(np.float32)
+        near = boxes.repeat(2, 0) + rng.normal(0, 3, (2 * len(boxes), 4))
+        anywhere = rng.uniform(0, 60, (3, 4)) + [0, 0, 60, 60]
+        guess = np.concatenate([near, anywhere]).astype(np.float32)
         guess[:, 2:] = np.maximum(guess[:, 2:], guess[:, :2] + 1)
-        called = np.concatenate(
-            [
-                np.where(
-                    rng.random(2 * len(boxes)) < 0.8, labels.repeat(2), rng.integers(0, 6, 2 * len(boxes))
-                ),
-                rng.integers(0, 6, 3),
-            ]
-        )
+        mistaken = rng.random(2 * len(boxes)) < 0.2
+        called = np.where(mistaken, rng.integers(0, 6, 2 * len(boxes)), labels.repeat(2))
         truths.append(Boxes(boxes, labels, M3FD_CLASSES))
-        found.append(Detections(guess, rng.random(len(guess)).astype(np.float32), called))
-    return truths, found
+        found.append((guess, np.concatenate([called, rng.integers(0, 6, 3)])))
+    total = sum(len(called) for _, called in found)
+    scores = np.split(rng.permutation(total) / total, np.cumsum([len(called) for _, called in found])[:-1])
+    detections = [Detections(b, s.astype(np.float32), k) for (b, k), s in zip(found, scores, strict=True)]
+    return truths, detections
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_average_precision_equals_an_independent_evaluator(seed):
-    """Random detections: the kept evaluator, and the bootstrap's weighted sums, against loops from the definition."""
+    """Random detections: evaluator and the bootstrap's weighted sums against loops from the definition."""
     truths, found = random_case(seed)
     expected = np.array([slow_ap(truths, found, k) for k in range(6)])
     m = match(truths, found)
@@ -245,9 +216,8 @@ def test_average_precision_equals_an_independent_evaluator(seed):
     times = draws(len(truths), resamples=3, seed=seed)
     for w, ours in zip(times, weighted_ap(m, times), strict=True):
         drawn = lambda items, w=w: [x for x, k in zip(items, w, strict=True) for _ in range(k)]
-        np.testing.assert_allclose(
-            ours, [slow_ap(drawn(truths), drawn(found), k) for k in range(6)], atol=1e-9
-        )
+        expected = [slow_ap(drawn(truths), drawn(found), k) for k in range(6)]
+        np.testing.assert_allclose(ours, expected, atol=1e-9)
 
 
 def test_the_paper_preset_is_a_resnet50():
@@ -259,7 +229,7 @@ def test_the_paper_preset_is_a_resnet50():
     assert [tuple(f.shape[1:]) for f in levels.values()] == [(256, 8, 12), (256, 4, 6), (256, 2, 3)]
 
 
-# --- bad input -------------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------------------------
 
 
 def edited(streets: Path, tmp_path: Path, change, every: bool = False) -> Path:
@@ -273,34 +243,24 @@ def edited(streets: Path, tmp_path: Path, change, every: bool = False) -> Path:
 @pytest.mark.parametrize(
     "change, text",
     [
-        (
-            lambda d: {**d, "boxes": [[0, 0, 200, 30]], "labels": ["car"]},
-            "reaches 120 pixels over the 80×64 image",
-        ),
-        (lambda d: {**d, "boxes": [[-4, 0, 20, 30]], "labels": ["car"]}, "empty or outside"),
-        (lambda d: {**d, "boxes": [[9, 9, 9, 30]], "labels": ["car"]}, "empty or outside"),
-        (
-            lambda d: {**d, "boxes": [[0, 0, 20, 30]], "labels": ["tram"]},
-            "class 'tram' is not one of people, car",
-        ),
-        (lambda d: {**d, "boxes": [[0, 0, 20, 30]], "labels": []}, "not a readable annotation"),
+        ({"boxes": [[0, 0, 200, 30]], "labels": ["car"]}, "reaches 120 pixels over the 80×64 image"),
+        ({"boxes": [[-4, 0, 20, 30]], "labels": ["car"]}, "empty or outside"),
+        ({"boxes": [[9, 9, 9, 30]], "labels": ["car"]}, "empty or outside"),
+        ({"boxes": [[0, 0, 20, 30]], "labels": ["tram"]}, "class 'tram' is not one of people, car"),
+        ({"boxes": [[0, 0, 20, 30]], "labels": []}, "not a readable annotation"),
     ],
 )
 def test_an_annotation_that_does_not_fit_is_named(streets, tmp_path, change, text):
     """Boxes outside, empty boxes, unknown classes: the file is named before anything is trained."""
+    data = edited(streets, tmp_path, lambda d: d | change)
     with pytest.raises(InputError, match=text) as e:
-        train_detector(
-            open_parts("visible", data=edited(streets, tmp_path, change))[0],
-            tmp_path / "run",
-            QUICK,
-            config=SMALL,
-            progress=False,
-        )
+        train = open_parts("visible", data=data)[0]
+        train_detector(train, tmp_path / "run", QUICK, config=SMALL, progress=False)
     assert "scene_0000" in str(e.value) and not (tmp_path / "run").exists()
 
 
 def test_pictures_and_sets_without_objects(streets, tmp_path):
-    """One picture without objects is legal; a set without any is not; neither is a set without annotations."""
+    """One picture without objects is legal; a set without any is not, nor a set without annotations."""
     nothing = lambda d: {**d, "boxes": [], "labels": []}
     train, _ = open_parts("visible", data=edited(streets, tmp_path / "one", nothing))
     run = train_detector(train, tmp_path / "run", QUICK, config=SMALL, progress=False)
@@ -337,16 +297,15 @@ def test_inputs_that_do_not_fit(streets):
         open_parts("visible", set="M3FD", root=streets)
 
 
-# --- M3FD's layout, and the notebooks --------------------------------------------------------------------------
+# --- M3FD's layout, and the notebooks -----------------------------------------------------------------------
 
 
 def test_m3fd_is_divided_by_scene(m3fd):
     """8:1:1 of forty pictures; both pictures of a scene stay together, and fused images are found by name."""
     pairs = get_pairs("M3FD", "detection", root=m3fd)
     parts = split_scenes(pairs, seed=5)
-    assert [len(p) for p in parts.values()] == [32, 4, 4] and sorted(
-        s for p in parts.values() for s in p.stems
-    ) == pairs.stems
+    assert [len(p) for p in parts.values()] == [32, 4, 4]
+    assert sorted(s for p in parts.values() for s in p.stems) == pairs.stems
     for part in parts.values():
         assert all(f"{int(s) ^ 1:05d}" in part.stems for s in part.stems)
     check_leaks(parts)
@@ -354,11 +313,8 @@ def test_m3fd_is_divided_by_scene(m3fd):
     for stem in pairs.stems:
         png(m3fd / f"fused/ours/{stem}.png", np.full((64, 80), 7, np.uint8))
     train, test = open_inputs(["ours"], set="M3FD", root=m3fd, fused=m3fd / "fused", split_seed=5)["ours"]
-    assert (
-        test.stems == parts["test"].stems
-        and (np.rint(train.image(0) * 255) == 7).all()
-        and train.classes == M3FD_CLASSES
-    )
+    assert test.stems == parts["test"].stems and train.classes == M3FD_CLASSES
+    assert (np.rint(train.image(0) * 255) == 7).all()
 
 
 def test_notebooks_on_a_set_in_m3fds_layout(m3fd, tmp_path, root, monkeypatch):
@@ -391,32 +347,19 @@ def test_notebooks_on_a_set_in_m3fds_layout(m3fd, tmp_path, root, monkeypatch):
             notebooks / "detection.ipynb", output_dir=tmp_path / "run", params=params, progress=False
         )
     found, made = read_found(out / "images.npz"), json.loads((out / "detection.json").read_text())
-    assert (
-        list(found.found) == [0, 1]
-        and len(found.stems) == 4
-        and {p.stem for p in (out / "predictions").iterdir()} == set(found.stems)
-    )
+    assert list(found.found) == [0, 1] and len(found.stems) == 4
+    assert {p.stem for p in (out / "predictions").iterdir()} == set(found.stems)
     rows = pd.read_csv(out / "rows.csv")
-    assert (
-        set(rows["kind"]) == {"all"}
-        and set(rows["metric"]) == {*M3FD_CLASSES, "mAP"}
-        and set(rows["seed"]) == {0, 1}
-    )
+    assert set(rows["kind"]) == {"all"} and set(rows["seed"]) == {0, 1}
+    assert set(rows["metric"]) == {*M3FD_CLASSES, "mAP"}
     of = rows[rows["seed"] == 1].set_index("metric")["value"]
     np.testing.assert_allclose(of["mAP"], with_mean(match(found.truths, found.found[1]).ap)[-1])
-    assert (
-        made["initial"].startswith("random weights")
-        and made["detector"].startswith("RetinaNet")
-        and sum(made["objects"].values()) == sum(len(t.labels) for t in found.truths)
-    )
-    assert rows["conditions"].nunique() == 1 and set(rows["conditions"]) == set(
-        pd.read_csv(tmp_path / "results/visible/rows.csv")["conditions"]
-    )
-    assert (
-        paired(tmp_path / "results/visible/images.npz", out / "images.npz", resamples=20)["n_seeds"]
-        .eq(2)
-        .all()
-    )
+    assert made["initial"].startswith("random weights") and made["detector"].startswith("RetinaNet")
+    assert sum(made["objects"].values()) == sum(len(t.labels) for t in found.truths)
+    visible = tmp_path / "results/visible"
+    assert rows["conditions"].nunique() == 1
+    assert set(rows["conditions"]) == set(pd.read_csv(visible / "rows.csv")["conditions"])
+    assert paired(visible / "images.npz", out / "images.npz", resamples=20)["n_seeds"].eq(2).all()
     params = {
         "data": "",
         "set": "M3FD",
@@ -426,8 +369,8 @@ def test_notebooks_on_a_set_in_m3fds_layout(m3fd, tmp_path, root, monkeypatch):
         "figures": str(tmp_path / "figures"),
     }
     run_notebook(notebooks / "figure4.ipynb", output_dir=tmp_path / "figure4", params=params, progress=False)
-    assert (tmp_path / "figures/figure4.svg").is_file() and json.loads(
-        (tmp_path / "figures/figure4.json").read_text()
-    )["inputs"] == ["stacked", "visible"]
+    assert (tmp_path / "figures/figure4.svg").is_file()
+    record = json.loads((tmp_path / "figures/figure4.json").read_text())
+    assert record["inputs"] == ["stacked", "visible"]
     pixels = np.array(Image.open(tmp_path / "figures/figure4.png").convert("RGB")).reshape(-1, 3).astype(int)
     assert (abs(pixels - MISSED).max(1) < 12).any()  # an untrained detector misses objects

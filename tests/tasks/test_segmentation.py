@@ -1,4 +1,4 @@
-"""Segmentation: bad input, exact resume, an independent evaluator, a set in MFNet's layout, and both notebooks."""
+"""Segmentation: bad input, exact resume, an independent evaluator, MFNet's layout, and both notebooks."""
 
 import importlib.util
 import json
@@ -18,22 +18,17 @@ from smfnet.data.scenes import MFNET_CLASSES, write_scenes
 if importlib.util.find_spec("transformers") is None:
     pytest.skip("the extra 'downstream' is not installed", allow_module_level=True)
 
-from smfnet.tasks.segmentation import (
-    IGNORE,
-    SegmenterConfig,
+from smfnet.tasks.segmentation import evaluate, open_part, segmentation_recipe, train_segmenter
+from smfnet.tasks.segmentation_figure import MISSED_COLOUR, WRONG_COLOUR
+from smfnet.tasks.segmentation_scores import (
     confusion_matrix,
     constant,
-    evaluate,
     naive_scores,
-    new_segmenter,
-    open_part,
     paired,
     read_counts,
     scores,
-    segmentation_recipe,
-    train_segmenter,
 )
-from smfnet.tasks.segmentation_figure import MISSED_COLOUR, WRONG_COLOUR
+from smfnet.tasks.segmenter import IGNORE, SegmenterConfig, new_segmenter
 
 SMALL = SegmenterConfig(
     stem=8, widths=(8, 8, 16, 16), depths=(1, 1, 1, 1), block="basic", pyramid=8, rates=(1, 2, 3), detail=4
@@ -52,7 +47,10 @@ def streets(tmp_path_factory):
 
 @pytest.fixture
 def mfnet(tmp_path):
-    """A folder in MFNet's layout: four-channel images, labels, and lists that name mirrored images too; one ignored corner."""
+    """A folder in MFNet's layout: four-channel images, labels, and lists that name mirrored images too.
+
+    One corner of every label is ignored.
+    """
     for part, (n, seed) in {"train": (4, 50), "test": (3, 51)}.items():
         stems = []
         for i, s in enumerate(scenes(n, seed)):
@@ -71,12 +69,15 @@ def weights(trainer) -> dict:
     return {k: v.clone() for k, v in trainer.model.state_dict().items()}
 
 
-# --- exact resume ----------------------------------------------------------------------------------------------
+# --- exact resume -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stop", [1, 4, 7])
 def test_a_stopped_segmenter_ends_bit_identical(streets, tmp_path, stop, monkeypatch):
-    """Stopped after 1, 4 and 7 of 9 steps and continued in a new trainer, weights, momenta and log end as without a stop."""
+    """Stopped after 1, 4 and 7 of 9 steps and continued in a new trainer, a run ends as without a stop.
+
+    Weights, momenta and log are the same: on one machine the same steps give the same bits.
+    """
     from smfnet.tasks.loop import TaskTrainer
 
     train = open_part("train", "visible", data=streets)
@@ -90,11 +91,8 @@ def test_a_stopped_segmenter_ends_bit_identical(streets, tmp_path, stop, monkeyp
         return step(self, batches)
 
     original = TaskTrainer.__init__
-    monkeypatch.setattr(
-        TaskTrainer,
-        "__init__",
-        lambda self, *args, **kwargs: original(self, *args, **{**kwargs, "checkpoint_every": 1}),
-    )
+    every_step = lambda self, *args, **kwargs: original(self, *args, **{**kwargs, "checkpoint_every": 1})
+    monkeypatch.setattr(TaskTrainer, "__init__", every_step)
     monkeypatch.setattr(TaskTrainer, "train_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_segmenter(train, tmp_path / "stopped", QUICK, config=SMALL, progress=False)
@@ -104,16 +102,12 @@ def test_a_stopped_segmenter_ends_bit_identical(streets, tmp_path, stop, monkeyp
     assert again.progress.done and again.progress.step == 9
     for name, value in weights(straight).items():
         assert torch.equal(value, again.model.state_dict()[name]), name
-    momenta = lambda t: [
-        t.optimiser.state[p]["momentum_buffer"] for g in t.optimiser.param_groups for p in g["params"]
-    ]
-    assert (
-        all(torch.equal(a, b) for a, b in zip(momenta(straight), momenta(again), strict=True))
-        and len(momenta(again)) > 20
-    )
-    read = lambda name: pd.read_json(tmp_path / name / "log.jsonl", lines=True).drop(
-        columns="images_per_second"
-    )
+    parameters = lambda t: [p for group in t.optimiser.param_groups for p in group["params"]]
+    momenta = lambda t: [t.optimiser.state[p]["momentum_buffer"] for p in parameters(t)]
+    assert all(torch.equal(a, b) for a, b in zip(momenta(straight), momenta(again), strict=True))
+    assert len(momenta(again)) > 20
+    log = lambda name: pd.read_json(tmp_path / name / "log.jsonl", lines=True)
+    read = lambda name: log(name).drop(columns="images_per_second")
     pd.testing.assert_frame_equal(read("straight"), read("stopped"))
 
 
@@ -130,42 +124,37 @@ def test_a_spent_budget_stops_and_another_run_is_refused(streets, tmp_path):
     assert train_segmenter(train, tmp_path, QUICK, config=SMALL, progress=False).progress.done
 
 
-# --- learning and scores ---------------------------------------------------------------------------------------
+# --- learning and scores ------------------------------------------------------------------------------------
 
 
 def test_a_short_training_beats_a_constant_predictor(streets, tmp_path):
-    """A smoke: the training scenes, learned for some seconds, are segmented better than by calling everything background."""
+    """A smoke: the training scenes, learned for some seconds, are segmented better than as background."""
     train = open_part("train", "visible", data=streets)
     config = replace(SMALL, stem=16, widths=(32, 32, 48, 64), pyramid=32, detail=32)
     run = train_segmenter(
         train, tmp_path, replace(QUICK, epochs=(100,), batch=3), config=config, progress=False
     )
     counts = evaluate(run.model, train, progress=False).sum(0)
-    assert scores(counts)["mIoU"] > scores(constant(counts))["mIoU"] + 0.05  # 0.115 was seen
-    assert scores(constant(counts))["mIoU"] == pytest.approx(
-        counts[0].sum() / counts.sum() / (counts.sum(1) > 0).sum()
-    )
+    # A margin of 0.11-0.145 with eight seeds; half of it leaves room for processors that round in another way.
+    assert scores(counts)["mIoU"] > scores(constant(counts))["mIoU"] + 0.05
+    background, occurring = counts[0].sum() / counts.sum(), (counts.sum(1) > 0).sum()
+    assert scores(constant(counts))["mIoU"] == pytest.approx(background / occurring)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_scores_equal_an_independent_evaluator(seed):
-    """Random masks and predictions, some pixels ignored, a class without pixels: sets of pixels, and scikit-learn where it is."""
+    """Random masks, some pixels ignored, a class without pixels: sets of pixels; scikit-learn where it is."""
     rng = np.random.default_rng(seed)
-    truth = [
-        rng.choice([0, 1, 2, 3, 5, 8, IGNORE], (20, 30), p=[0.5, 0.2, 0.1, 0.05, 0.05, 0.05, 0.05]).astype(
-            np.uint8
-        )
-        for _ in range(4)
-    ]
+    labels, shares = [0, 1, 2, 3, 5, 8, IGNORE], [0.5, 0.2, 0.1, 0.05, 0.05, 0.05, 0.05]
+    truth = [rng.choice(labels, (20, 30), p=shares).astype(np.uint8) for _ in range(4)]
     called = [rng.choice([0, 1, 2, 3, 6], (20, 30)).astype(np.uint8) for _ in truth]
     total = sum(confusion_matrix(t, p) for t, p in zip(truth, called))
     found, slow = scores(total), naive_scores(truth, called)
     for key in slow:
         np.testing.assert_allclose(found[key], slow[key], rtol=1e-12, err_msg=key)
     assert np.isnan(found["IoU"][[4, 7]]).all() and found["IoU"][6] == 0 and found["IoU"][8] == 0
-    assert found["mIoU"] == pytest.approx(np.nanmean(slow["IoU"])) and found["mAcc"] == pytest.approx(
-        np.nanmean(slow["accuracy"])
-    )
+    assert found["mIoU"] == pytest.approx(np.nanmean(slow["IoU"]))
+    assert found["mAcc"] == pytest.approx(np.nanmean(slow["accuracy"]))
     if importlib.util.find_spec("sklearn"):
         from sklearn.metrics import confusion_matrix as reference
 
@@ -174,21 +163,18 @@ def test_scores_equal_an_independent_evaluator(seed):
 
 
 def test_the_paper_preset_is_a_resnet50():
-    """50 layers with weights on the way to the classifier: 49 convolutions here; output stride 16; the library's own parameter count."""
+    """50 layers with weights on the way to the classifier: 49 convolutions here; output stride 16."""
     model = new_segmenter(SegmenterConfig())
-    convolutions = [
-        m for n, m in model.backbone.named_modules() if isinstance(m, torch.nn.Conv2d) and "shortcut" not in n
-    ]
-    assert len(convolutions) == 49
-    assert (
-        sum(p.numel() for p in model.backbone.parameters()) == 23_508_032
-    )  # ResNet-50 without its classifier
+    layers = [m for name, m in model.backbone.named_modules() if "shortcut" not in name]
+    assert len([m for m in layers if isinstance(m, torch.nn.Conv2d)]) == 49
+    weights = sum(p.numel() for p in model.backbone.parameters())
+    assert weights == 23_508_032  # the library's own count for ResNet-50 without its classifier
     with torch.no_grad():
         fine, coarse = model.backbone.eval()(torch.rand(1, 3, 64, 96)).feature_maps
     assert fine.shape == (1, 256, 16, 24) and coarse.shape == (1, 2048, 4, 6)
 
 
-# --- bad input -------------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------------------------
 
 
 def edited(streets: Path, tmp_path: Path, change) -> Path:
@@ -211,14 +197,9 @@ def edited(streets: Path, tmp_path: Path, change) -> Path:
 )
 def test_a_mask_that_does_not_fit_is_named(streets, tmp_path, change, text):
     """Unknown classes, another size and colour: the file is named before anything is trained."""
+    train = open_part("train", "visible", data=edited(streets, tmp_path, change))
     with pytest.raises(InputError, match=text) as e:
-        train_segmenter(
-            open_part("train", "visible", data=edited(streets, tmp_path, change)),
-            tmp_path / "run",
-            QUICK,
-            config=SMALL,
-            progress=False,
-        )
+        train_segmenter(train, tmp_path / "run", QUICK, config=SMALL, progress=False)
     assert "scene_0000" in str(e.value) and not (tmp_path / "run").exists()
 
 
@@ -254,11 +235,11 @@ def test_inputs_that_do_not_fit(streets):
         open_part("train", "visible", set="MFNet", root=streets)
 
 
-# --- MFNet's layout, and the notebooks -------------------------------------------------------------------------
+# --- MFNet's layout, and the notebooks ----------------------------------------------------------------------
 
 
 def test_notebooks_on_a_set_in_mfnets_layout(mfnet, tmp_path, root, monkeypatch):
-    """Training, results and figure from four-channel images, labels and lists; a spent budget writes nothing and can be continued."""
+    """Training, results and figure from four-channel images; a spent budget writes nothing, and can go on."""
     from smfnet.pipeline import NotebookFailure, run_notebook
 
     monkeypatch.setenv("SMFNET_DATA", str(mfnet))
@@ -290,24 +271,16 @@ def test_notebooks_on_a_set_in_mfnets_layout(mfnet, tmp_path, root, monkeypatch)
     assert found["counts"].shape == (2, 3, 9, 9) and found["stems"].tolist() == ["40000D", "40001N", "40002D"]
     assert (found["counts"].sum((2, 3)) == 64 * 80 - 64).all(), "every pixel once, but the ignored corner"
     rows = pd.read_csv(out / "rows.csv")
-    assert (
-        set(rows["kind"]) == {"all", "day", "night"}
-        and set(rows["metric"]) == {*MFNET_CLASSES, "mIoU", "mAcc"}
-        and set(rows["seed"]) == {0, 1}
-    )
+    assert set(rows["kind"]) == {"all", "day", "night"} and set(rows["seed"]) == {0, 1}
+    assert set(rows["metric"]) == {*MFNET_CLASSES, "mIoU", "mAcc"}
     of = rows[(rows["kind"] == "all") & (rows["seed"] == 1)].set_index("metric")["value"]
     assert of["mIoU"] == pytest.approx(scores(found["counts"][1].sum(0))["mIoU"])
-    assert made["initial"].startswith("random weights") and made["mIoU"] - made["constant"] == pytest.approx(
-        made["margin"]
-    )
-    assert rows["conditions"].nunique() == 1 and set(rows["conditions"]) == set(
-        pd.read_csv(tmp_path / "results/visible/rows.csv")["conditions"]
-    )
-    assert (
-        paired(tmp_path / "results/visible/images.npz", out / "images.npz", resamples=50)["n_seeds"]
-        .eq(2)
-        .all()
-    )
+    assert made["initial"].startswith("random weights")
+    assert made["mIoU"] - made["constant"] == pytest.approx(made["margin"])
+    visible = tmp_path / "results/visible"
+    assert rows["conditions"].nunique() == 1
+    assert set(rows["conditions"]) == set(pd.read_csv(visible / "rows.csv")["conditions"])
+    assert paired(visible / "images.npz", out / "images.npz", resamples=50)["n_seeds"].eq(2).all()
     params = {
         "data": "",
         "set": "MFNet",
@@ -316,8 +289,8 @@ def test_notebooks_on_a_set_in_mfnets_layout(mfnet, tmp_path, root, monkeypatch)
         "figures": str(tmp_path / "figures"),
     }
     run_notebook(notebooks / "figure5.ipynb", output_dir=tmp_path / "figure5", params=params, progress=False)
-    assert (tmp_path / "figures/figure5.svg").is_file() and json.loads(
-        (tmp_path / "figures/figure5.json").read_text()
-    )["inputs"] == ["stacked", "visible"]
+    assert (tmp_path / "figures/figure5.svg").is_file()
+    record = json.loads((tmp_path / "figures/figure5.json").read_text())
+    assert record["inputs"] == ["stacked", "visible"]
     pixels = np.array(Image.open(tmp_path / "figures/figure5.png").convert("RGB")).reshape(-1, 3)
     assert all((pixels == colour).all(1).any() for colour in (MISSED_COLOUR, WRONG_COLOUR))

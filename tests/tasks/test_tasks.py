@@ -42,7 +42,7 @@ def rows(task: str, input: str, seed: int, value: float) -> pd.DataFrame:
 
 
 def test_streets(tmp_path):
-    """Scenes with masks and boxes, every one fused by every method; no training part when none is asked for."""
+    """Scenes with masks and boxes, each fused by every method; no training part unless asked for."""
     run("streets", tmp_path, out=str(tmp_path), n_train=0, n_test=2, size=[64, 96])
     test = tmp_path / "streets" / "test"
     stems = {p.stem for p in (test / "ir").iterdir()}
@@ -61,21 +61,16 @@ def test_tables(tmp_path, number, task, published):
     run(f"table{number}", tmp_path, results=[str(tmp_path / "*.csv")], out=str(tmp_path / "out"))
     table = pd.read_csv(tmp_path / "out" / f"table{number}.csv")
     ours = table[(table["set"] == "streets") & (table["method"] == "ours")]
-    assert (
-        set(ours["metric"]) == set(PRINTED[task].values())
-        and (ours["measured"].round(6) == 0.5).all()
-        and (ours["n_seeds"] == 2).all()
-    )
-    assert (
-        table.loc[table["set"] == published, "published"].notna().any()
-        and table.loc[table["set"] == published, "measured"].isna().all()
-    )
+    assert set(ours["metric"]) == set(PRINTED[task].values())
+    assert (ours["measured"].round(6) == 0.5).all() and (ours["n_seeds"] == 2).all()
+    printed = table[table["set"] == published]
+    assert printed["published"].notna().any() and printed["measured"].isna().all()
     page = (tmp_path / "out" / f"table{number}.html").read_text(encoding="utf-8")
     assert "0.5000" in page and "(2 seeds)" in page and "0123456789ab" in page and "12 test images" in page
 
 
 def test_downstream_shows_kept_differences(tmp_path):
-    """Kept differences are drawn and put into words without computing anything."""
+    """Differences of an earlier run are drawn and put into words without computing anything."""
     row = {
         "task": "detection",
         "input": "ours",
@@ -91,16 +86,13 @@ def test_downstream_shows_kept_differences(tmp_path):
         "n_images": 25,
         "n_seeds": 2,
     }
-    pd.DataFrame([row, row | {"task": "segmentation", "metric": "mIoU", "low": -0.1}])[
-        list(DIFFERENCES)
-    ].to_csv(tmp_path / "kept.csv", index=False)
+    table = pd.DataFrame([row, row | {"task": "segmentation", "metric": "mIoU", "low": -0.1}])
+    table[list(DIFFERENCES)].to_csv(tmp_path / "kept.csv", index=False)
     run("downstream", tmp_path, kept=str(tmp_path / "kept.csv"), out=str(tmp_path / "out"))
     page = (tmp_path / "out" / "differences.html").read_text(encoding="utf-8")
     assert "better than visible" in page and "not told apart from visible" in page
-    assert (
-        "<svg" in (tmp_path / "out" / "differences.svg").read_text(encoding="utf-8")
-        and len(read_differences(tmp_path / "out" / "differences.csv")) == 2
-    )
+    assert "<svg" in (tmp_path / "out" / "differences.svg").read_text(encoding="utf-8")
+    assert len(read_differences(tmp_path / "out" / "differences.csv")) == 2
 
 
 def test_missing_results_name_the_stage(tmp_path):
@@ -110,10 +102,20 @@ def test_missing_results_name_the_stage(tmp_path):
 
 
 def test_package_works_without_the_libraries_of_the_tasks():
-    """Everything outside smfnet.tasks imports where transformers, MONAI and the COCO evaluator are absent."""
+    """Everything imports where transformers, MONAI and the COCO evaluator are absent; use is refused."""
     code = (
-        "import sys\nfor name in ('transformers', 'monai', 'faster_coco_eval'): sys.modules[name] = None\n"
-        "import smfnet.cli, smfnet.pipeline, smfnet.report.claims, smfnet.report.tables, smfnet.tasks.results, smfnet.tasks.comparison, smfnet.tasks.loop\n"
+        "import sys\n"
+        "absent = 'transformers', 'monai', 'faster_coco_eval'\n"
+        "sys.modules.update(dict.fromkeys(absent))\n"
+        "import smfnet.cli, smfnet.pipeline, smfnet.report.claims, smfnet.report.tables\n"
+        "import smfnet.tasks.results, smfnet.tasks.comparison, smfnet.tasks.loop\n"
+        "import smfnet.tasks.segmentation, smfnet.tasks.detection\n"
+        "from fastcore.test import test_fail\n"
+        "from smfnet.tasks import detection_scores, detector, segmenter\n"
+        "small = segmenter.segmenter_config(), detector.detector_config()\n"
+        "test_fail(lambda: segmenter.new_segmenter(small[0]), contains='smfnet[downstream]')\n"
+        "test_fail(lambda: detector.new_detector(small[1]), contains='smfnet[downstream]')\n"
+        "test_fail(detection_scores._evaluator, contains='smfnet[downstream]')\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
