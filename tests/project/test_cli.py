@@ -198,7 +198,11 @@ def test_wrong_usage_is_explained(line, capsys):
 
 
 def test_help_and_version_answer_without_torch():
-    code = "import sys; from smfnet.cli import main\ntry: main(['--version'])\nexcept SystemExit as e: print(e.code, 'torch' in sys.modules)"
+    code = (
+        "import sys; from smfnet.cli import main\n"
+        "try: main(['--version'])\n"
+        "except SystemExit as e: print(e.code, 'torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.split("\n")[:2] == [f"smfnet {__version__}", "0 False"], done.stderr
 
