@@ -41,7 +41,7 @@ def test_unknown_names_are_python_errors(package):
 
 
 def test_a_promise_that_no_module_meets_is_an_error(package):
-    """A name that its module lacks, or a module that is not there, is reported by the name that is missing."""
+    """A name that its module lacks, or a module that is not there: the error names what is missing."""
     with pytest.raises(AttributeError, match="gone"):
         _ = package.gone
     with pytest.raises(ModuleNotFoundError, match="nowhere"):
