@@ -83,7 +83,7 @@ def _check_seeds(measured: pd.DataFrame) -> None:
 def over_seeds(
     measured: pd.DataFrame,  # rows, with or without the column seed
 ) -> pd.DataFrame:  # one row a set, method and metric, with spread and n_seeds
-    "Mean and deviation over seeds, one seed keeps its interval; `InputError` for rows that no seed tells apart."
+    "Mean and deviation over seeds; one seed keeps its interval. `InputError` where seeds leave rows alike."
     measured = _need(measured, _MEASURED, ("mean", "low", "high", "n"), "measured")
     measured = measured if "seed" in measured else measured.assign(seed=np.nan)
     again = measured["seed"].isna() & measured.duplicated()
