@@ -25,9 +25,20 @@ def root() -> Path:
     return ROOT
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Show what tests handed over by `record_property("measures", text)`, whether they passed or not."""
+    reports = [
+        r for found in terminalreporter.stats.values() for r in found if getattr(r, "when", "") == "call"
+    ]
+    lines = [value for r in reports for name, value in r.user_properties if name == "measures"]
+    if lines:
+        terminalreporter.section("measures")
+        terminalreporter.write("".join(f"{line}\n" for line in lines))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session):
-    """Write `N passed, N failed[, N skipped]` where `make test` finds it; notebooks are counted with the other tests."""
+    """Write `N passed, N failed[, N skipped]` where `make test` finds it; a notebook counts as a test."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if hasattr(session.config, "workerinput") or reporter is None:
         return

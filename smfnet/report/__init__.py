@@ -15,6 +15,8 @@ __getattr__, __dir__, __all__ = front_door(__name__, {
     "write_tables": "tables",
     "read_summary": "tables",
     "image_grid": "figures",
+    "learning_curves": "figures",
+    "save_figure": "figures",
     "load_claims": "claims",
     "verdicts": "claims",
     "write_report": "page",

@@ -40,38 +40,62 @@ def show_image(
     return ax
 
 # %% ../../nbs/09_report/01_figures.ipynb #b64c082b
-def _inset(ax: Axes, image: np.ndarray, box: tuple[int, int, int, int]) -> None:
-    "The patch, enlarged, in the corner that is farthest from it."
-    y, x, h, w = box
-    left, low = x + w / 2 > image.shape[1] / 2, y + h / 2 < image.shape[0] / 2
-    inset = ax.inset_axes((0.0 if left else 0.55, 0.0 if low else 0.55, 0.45, 0.45))
-    inset.imshow(image[y:y + h, x:x + w], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    inset.set_xticks([])
-    inset.set_yticks([])
-    for side in inset.spines.values(): side.set(color="#de8f05", linewidth=1.5)
-
-# %% ../../nbs/09_report/01_figures.ipynb #f38aa3c8
-def _grid_axes(rows: Sequence[tuple[str, list[str]]], heights: Sequence[Sequence[float]], columns: int, width: float) -> tuple[Figure, np.ndarray]:
-    "A figure with one or two lines of axes for each row; `heights` are relative to the width of an image."
-    flat = [h for lines in heights for h in lines]
-    fig, axes = plt.subplots(len(flat), columns, squeeze=False, layout="constrained", height_ratios=flat,
-                             figsize=(width * columns, width * sum(flat) + 0.15 * len(rows)))
-    for ax in axes.flat: ax.axis("off")
-    return fig, axes
-
-# %% ../../nbs/09_report/01_figures.ipynb #4f1479d8
 def _patch(ax: Axes, image: np.ndarray, box: tuple[int, int, int, int]) -> None:
     "The patch alone, framed."
     y, x, h, w = box
     ax.imshow(image[y:y + h, x:x + w], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     ax.axis("on")
-    ax.set_xticks([])
-    ax.set_yticks([])
-    for side in ax.spines.values(): side.set(color="#de8f05", linewidth=1.5)
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set(color="#de8f05", linewidth=1.5)
+
+def _inset(ax: Axes, image: np.ndarray, box: tuple[int, int, int, int]) -> None:
+    "The patch, enlarged, in the corner that is farthest from it."
+    y, x, h, w = box
+    left, low = x + w / 2 > image.shape[1] / 2, y + h / 2 < image.shape[0] / 2
+    _patch(ax.inset_axes((0.0 if left else 0.55, 0.0 if low else 0.55, 0.45, 0.45)), image, box)
+
+# %% ../../nbs/09_report/01_figures.ipynb #f38aa3c8
+def _grid_axes(
+    heights: Sequence[Sequence[float]], columns: int, width: float
+) -> tuple[Figure, np.ndarray]:
+    "A figure with one or two lines of axes for each row; `heights` are relative to an image's width."
+    flat = [h for lines in heights for h in lines]
+    fig, axes = plt.subplots(
+        len(flat), columns, squeeze=False, layout="constrained", height_ratios=flat,
+        figsize=(width * columns, width * sum(flat) + 0.15 * len(heights)),
+    )
+    for ax in axes.flat:
+        ax.axis("off")
+    return fig, axes
+
+# %% ../../nbs/09_report/01_figures.ipynb #4f1479d8
+def _row_heights(images: Mapping[str, np.ndarray], box: tuple[int, int, int, int] | None) -> list[float]:
+    "Height of a row of pictures, and of the row of patches below it, if there is one; widths are 1."
+    heights = [float(np.mean([im.shape[0] / im.shape[1] for im in images.values()]))]
+    if box: heights.append(box[2] / box[3])
+    return heights
+
+def _check_grid(scenes: Mapping[str, Mapping[str, np.ndarray]], zoom: str) -> None:
+    "`InputError` unless all scenes have the same methods."
+    if zoom not in ("inset", "below"):
+        raise InputError(f"zoom: {zoom!r} is unknown; use inset or below")
+    methods = list(next(iter(scenes.values())))
+    for name, images in scenes.items():
+        if list(images) != methods:
+            raise InputError(
+                f"{name}: methods {list(images)} instead of {methods}; give every scene the same"
+            )
+
+def _scene_label(ax: Axes, scene: str) -> None:
+    "The scene's name, upright, left of its row."
+    ax.text(
+        -0.03, 0.5, scene.replace(" ", "\n", 1), transform=ax.transAxes, rotation=90, ha="right",
+        va="center", fontsize=7,
+    )
 
 # %% ../../nbs/09_report/01_figures.ipynb #3210d018
 def image_grid(
-    scenes: Mapping[str, Mapping[str, np.ndarray]],  # scene -> method -> image, [0,1]; the same methods in each
+    scenes: Mapping[str, Mapping[str, np.ndarray]],  # scene -> method -> image, [0,1]; the same methods
     boxes: Mapping[str, tuple[int, int, int, int]] | None = None,  # scene -> patch (y, x, h, w), pixels
     *,
     width: float = 1.9,  # of one image, inches
@@ -79,36 +103,20 @@ def image_grid(
     zoom: str = "inset",  # where the patch is shown: "inset" or "below"
 ) -> Figure:  # one row a scene or more, one column a method
     "All methods on the same scenes, with the same magnified patch for each; `InputError` if methods differ."
+    _check_grid(scenes, zoom)
     methods, boxes = list(next(iter(scenes.values()))), boxes or {}
-    if zoom not in ("inset", "below"):
-        raise InputError(f"zoom: {zoom!r} is unknown; use inset or below")
-    for name, images in scenes.items():
-        if list(images) != methods:
-            raise InputError(
-                f"{name}: methods {list(images)} instead of {methods}; give every scene the same"
-            )
     n = min(columns or len(methods), len(methods))
     rows = [(scene, methods[i:i + n]) for scene in scenes for i in range(0, len(methods), n)]
-    ratio = {
-        s: np.mean([im.shape[0] / im.shape[1] for im in images.values()]) for s, images in scenes.items()
-    }
-    heights = [
-        [ratio[s], boxes[s][2] / boxes[s][3]] if zoom == "below" and s in boxes else [ratio[s]]
-        for s, _ in rows
-    ]
-    fig, axes = _grid_axes(rows, heights, n, width)
+    heights = [_row_heights(scenes[s], boxes.get(s) if zoom == "below" else None) for s, _ in rows]
+    fig, axes = _grid_axes(heights, n, width)
     for i, (scene, names) in enumerate(rows):
         line, box = sum(map(len, heights[:i])), boxes.get(scene)
-        axes[line, 0].text(
-            -0.03, 0.5, scene.replace(" ", "\n", 1), transform=axes[line, 0].transAxes, rotation=90,
-            ha="right", va="center", fontsize=7,
-        )
-        for ax, below, name in zip(axes[line], axes[min(line + 1, len(axes) - 1)], names):
-            show_image(ax, scenes[scene][name], name if i == 0 or n < len(methods) else "", box=box)
-            if box:
-                _inset(ax, scenes[scene][name], box) if zoom == "inset" else _patch(
-                    below, scenes[scene][name], box
-                )
+        _scene_label(axes[line, 0], scene)
+        for column, name in enumerate(names):
+            image, titled = scenes[scene][name], i == 0 or n < len(methods)
+            show_image(axes[line, column], image, name if titled else "", box=box)
+            if box and zoom == "inset": _inset(axes[line, column], image, box)
+            if box and zoom == "below": _patch(axes[line + 1, column], image, box)
     return fig
 
 # %% ../../nbs/09_report/01_figures.ipynb #6defa0bc
@@ -140,14 +148,10 @@ def metric_bars(
     "Horizontal bars of a metric's mean with 95 % intervals."
     colours = sns.color_palette("colorblind")
     y = np.arange(len(table))[::-1]
-    ax.barh(
-        y, table["mean"], color=[colours[1] if m == highlight else colours[0] for m in table.index],
-        height=0.7,
-    )
-    ax.errorbar(
-        table["mean"], y, xerr=[table["mean"] - table["low"], table["high"] - table["mean"]], fmt="none",
-        ecolor="k", elinewidth=1, capsize=2,
-    )
+    bars = [colours[1] if m == highlight else colours[0] for m in table.index]
+    ax.barh(y, table["mean"], color=bars, height=0.7)
+    away = [table["mean"] - table["low"], table["high"] - table["mean"]]
+    ax.errorbar(table["mean"], y, xerr=away, fmt="none", ecolor="k", elinewidth=1, capsize=2)
     ax.set_yticks(y, table.index, fontsize=8)
     ax.set_title(title, fontsize=9)
     ax.spines[["top", "right"]].set_visible(False)
@@ -157,10 +161,9 @@ def metric_bars(
 def _line_style(i: int, method: str, highlight: str | None, dashed: Sequence[str]) -> dict:
     "Ten colours, then ten more with another dash; the highlighted method thick and black."
     if method == highlight: return {"color": "k", "lw": 2.2, "zorder": 5}
-    return {
-        "color": sns.color_palette("colorblind")[i % 10], "lw": 1.2,
-        "ls": "--" if method in dashed else "-" if i < 10 else "-.",
-    }
+    plain = "-" if i < 10 else "-."
+    colour = sns.color_palette("colorblind")[i % 10]
+    return {"color": colour, "lw": 1.2, "ls": "--" if method in dashed else plain}
 
 # %% ../../nbs/09_report/01_figures.ipynb #282e18b5
 def radar(
@@ -179,10 +182,8 @@ def radar(
     place = {m: i for i, m in enumerate(table.index if order is None else order)}
     for method, row in table.iterrows():
         r = (row / best).clip(lower=0).to_numpy()
-        ax.plot(
-            np.r_[angles, angles[0]], np.r_[r, r[0]], label=method,
-            **_line_style(place[method], method, highlight, dashed),
-        )
+        style = _line_style(place[method], method, highlight, dashed)
+        ax.plot(np.r_[angles, angles[0]], np.r_[r, r[0]], label=method, **style)
     ax.set_xticks(angles, [f"{m}\n{best[m]:.3g}" for m in metrics], fontsize=7)
     ax.set_ylim(0, 1.02)
     ax.set_yticks([0.5, 1.0], ["½", ""], fontsize=6)
@@ -199,11 +200,10 @@ def metric_panels(
     "One panel of bars a metric."
     metrics = list(table.index.unique("metric"))
     rows = -(-len(metrics) // columns)
-    fig, axes = plt.subplots(
-        rows, columns, figsize=(3.3 * columns, 0.3 * len(table) / len(metrics) * rows + 0.6 * rows),
-        squeeze=False, layout="constrained",
-    )
-    for ax in axes.flat[len(metrics):]: ax.axis("off")
+    size = 3.3 * columns, (0.3 * len(table) / len(metrics) + 0.6) * rows
+    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for ax in axes.flat[len(metrics):]:
+        ax.axis("off")
     for ax, metric in zip(axes.flat, metrics):
         metric_bars(ax, table.xs(metric, level="metric"), metric, highlight=highlight)
     return fig
@@ -226,22 +226,19 @@ def radar_pair(
     highlight: str | None = None,  # method drawn thick
     dashed: Sequence[str] = (),  # methods drawn dashed, e.g. the trivial ones
 ) -> Figure:
-    "Published and measured methods of one set as two radar plots with common rims; `InputError` without any rows."
+    "Published and measured methods of one set, two radar plots with common rims; `InputError` without rows."
     parts = {k: t for k, t in (("published", published), ("measured", measured)) if t is not None and len(t)}
     if not parts:
         raise InputError(f"{title}: no rows to draw; give published or measured values")
-    rim, order = (
-        pd.concat(parts.values()).max(),
-        list(dict.fromkeys(m for t in parts.values() for m in t.index)),
-    )
+    rim = pd.concat(parts.values()).max()
+    order = list(dict.fromkeys(m for t in parts.values() for m in t.index))
     fig, axes = plt.subplots(
         1, len(parts), figsize=(5.6 * len(parts), 4), subplot_kw={"projection": "polar"}, squeeze=False,
         layout="constrained",
     )
     for ax, (kind, table) in zip(axes[0], parts.items()):
-        radar(ax, table, rim=rim, highlight=highlight, dashed=dashed, order=order).set_title(
-            f"{title}, {kind}", fontsize=9, pad=22
-        )
+        radar(ax, table, rim=rim, highlight=highlight, dashed=dashed, order=order)
+        ax.set_title(f"{title}, {kind}", fontsize=9, pad=22)
     return fig
 
 # %% ../../nbs/09_report/01_figures.ipynb #9a2544ad
@@ -265,10 +262,8 @@ def learning_curves(
     for colour, name in zip(sns.color_palette("colorblind", len(columns)), columns):
         shown = log[["step", name]].dropna()
         ax.plot(shown["step"], shown[name], color=colour, lw=0.4, alpha=0.4)
-        ax.plot(
-            shown["step"], smooth(shown[name].to_numpy(), window), color=colour, lw=1.5,
-            label=name.removeprefix("term."),
-        )
+        line = smooth(shown[name].to_numpy(), window)
+        ax.plot(shown["step"], line, color=colour, lw=1.5, label=name.removeprefix("term."))
     ax.set_yscale("log")
     ax.set_xlabel("step")
     ax.legend(fontsize=7)

@@ -34,10 +34,8 @@ def measure_rows(
         report = fuse_folder(ir=root, vis=root, out=Path(out, name), model=model)
         if report.problems:
             raise InputError("; ".join(report.problems.values()))
-        table = evaluate_folder(
-            fused=Path(out, name), ir=find_source(root, "ir"), vis=find_source(root, "vis"), protocol=protocol
-        )
-        rows[name] = table.mean()
+        sources = {side: find_source(root, side) for side in ("ir", "vis")}
+        rows[name] = evaluate_folder(fused=Path(out, name), **sources, protocol=protocol).mean()
     return pd.DataFrame(rows).T
 
 # %% ../../nbs/09_report/02_model_card.ipynb #f74b5016
@@ -47,20 +45,18 @@ def beats(
     rows: Mapping[str, pd.DataFrame],  # set -> means of "ours", "average" and "maximum"
 ) -> pd.Series:  # True or False for each (set, baseline, metric) of `REQUIRED`
     "Where a model is strictly better than the baselines."
-    return pd.Series(
-        {
-            (s, b, m): bool(t.loc["ours", m] > t.loc[b, m])
-            for s, t in rows.items()
-            for b, ms in REQUIRED.items()
-            for m in ms
-        }
-    )
+    return pd.Series({
+        (name, baseline, m): bool(table.loc["ours", m] > table.loc[baseline, m])
+        for name, table in rows.items()
+        for baseline, metrics in REQUIRED.items()
+        for m in metrics
+    })
 
 # %% ../../nbs/09_report/02_model_card.ipynb #aa193904
 CARD = """# {name}
 
-Weights of SMFNet, preset `{preset}` ({parameters:,} parameters), trained by this project. They are a small relative of
-the published network, not a reproduction of its numbers.
+Weights of SMFNet, preset `{preset}` ({parameters:,} parameters), trained by this project. They are a small
+relative of the published network, not a reproduction of its numbers.
 
 | | |
 |---|---|
@@ -75,8 +71,8 @@ Means over the test images under the protocol `table1` (`smfnet evaluate`), besi
 
 {tables}
 
-The later phases were added after looking at these very test means, because the first ones left contrast behind that of
-the maximum. So the comparison shows that a goal was met, and is no unbiased estimate.
+The later phases were added after looking at these very test means, because the first ones left contrast
+behind that of the maximum. So the comparison shows that a goal was met, and is no unbiased estimate.
 
 Made by `nbs/experiments/ship.ipynb`. Licence: research use only. {licence}
 """
@@ -98,6 +94,14 @@ def render_card(
         lines += [f"| {m} | {' | '.join(f'{v:.4f}' for v in row)} |" for m, row in table.iterrows()] + [""]
     return CARD.format(tables="\n".join(lines).strip(), **facts)
 
+# %% ../../nbs/09_report/02_model_card.ipynb #cc5c0caa
+_JOINTS = {"schedule": ", then ", "recipes": "; then ", "seeds": ", "}
+
+def _schedule(t: Trainer) -> str:
+    "Epochs of each stage of one phase, and its steps."
+    epochs = " + ".join(f"{t.recipe.epochs[s - 1]} epochs of stage {s}" for s in t.stages)
+    return f"{epochs} ({t.progress.step} steps of {t.recipe.batch} pairs)"
+
 # %% ../../nbs/09_report/02_model_card.ipynb #b4926851
 def describe(
     phases: Sequence[Trainer],  # in order; each starts from the weights of the one before
@@ -106,22 +110,22 @@ def describe(
     "What was trained, phase by phase, from the trainers themselves; `InputError` if one is not complete."
     if not all(t.progress.done for t in phases):
         raise InputError("the training is not complete; run it to the end before shipping")
-    parts = [
-        " + ".join(f"{t.recipe.epochs[s - 1]} epochs of stage {s}" for s in t.stages)
-        + f" ({t.progress.step} steps of {t.recipe.batch} pairs)"
-        for t in phases
-    ]
-    own = {
-        "schedule": ", then ".join(parts),
-        "recipes": "; then ".join(f"`{json.dumps(asdict(t.recipe))}`" for t in phases),
-        "seeds": ", ".join(str(t.seed) for t in phases),
-        "minutes": sum(t.progress.seconds for t in phases) / 60,
-    }
-    if not history: return own
-    joints = {"schedule": ", then ", "recipes": "; then ", "seeds": ", "}
+    told = [{k: history[k] for k in _JOINTS}] if history else []
+    told += [{"schedule": _schedule(t), "recipes": f"`{json.dumps(asdict(t.recipe))}`", "seeds": str(t.seed)}
+             for t in phases]
+    minutes = sum(t.progress.seconds for t in phases) / 60
     return {
-        **{k: history[k] + joint + own[k] for k, joint in joints.items()},
-        "minutes": history["minutes"] + own["minutes"],
+        **{k: joint.join(part[k] for part in told) for k, joint in _JOINTS.items()},
+        "minutes": minutes + (history["minutes"] if history else 0),
+    }
+
+# %% ../../nbs/09_report/02_model_card.ipynb #4773f2ba
+def _facts(t: Trainer) -> dict:
+    "What one trainer knows about its network, its data and its device."
+    return {
+        "parameters": sum(q.numel() for q in t.model.parameters()), "device": t.device,
+        "pairs": len(t.data.pairs), "patches": len(t.data), "patch": t.recipe.patch,
+        "data": t.data.fingerprint(),
     }
 
 # %% ../../nbs/09_report/02_model_card.ipynb #59272d2c
@@ -133,27 +137,19 @@ def ship(
     *,
     name: str = "tiny",  # of the weights
     training_revision: str | None = None,  # of the code that trained, if it is not the present one
-    history: Mapping | None = None,  # facts about the weights that the first phase started from, of an earlier results file
+    history: Mapping | None = None,  # facts of an earlier results file: the weights at the start
 ) -> None:
     "Write weights, card and results."
-    last, record = phases[-1], provenance()
-    model = last.model.cpu().eval()
+    record = provenance()
+    revisions = [(history or {}).get("revision"), training_revision or record["git"]["revision"]]
     facts = {
-        "name": name, "preset": name, "parameters": sum(q.numel() for q in model.parameters()),
-        "pairs": len(last.data.pairs), "patches": len(last.data), "patch": last.recipe.patch,
-        "data": last.data.fingerprint(), **describe(phases, history),
-        "revision": "; ".join(
-            filter(None, [(history or {}).get("revision"), training_revision or record["git"]["revision"]])
-        ),
-        "torch": record["environment"]["torch"], "device": last.device, "licence": ROADSCENE_LICENCE,
+        "name": name, **_facts(phases[-1]), **describe(phases, history), "preset": name,
+        "revision": "; ".join(filter(None, revisions)), "torch": record["environment"]["torch"],
+        "licence": ROADSCENE_LICENCE,
     }
-    model.save(
-        Path(package, f"{name}.safetensors"),
-        **{k: str(facts[k]) for k in ("data", "schedule", "recipes", "seeds", "revision", "licence")},
-    )
+    told = {k: str(facts[k]) for k in ("data", "schedule", "recipes", "seeds", "revision", "licence")}
+    phases[-1].model.cpu().eval().save(Path(package, f"{name}.safetensors"), **told)
     with atomic_path(Path(package, f"{name}.md")) as part:
         part.write_text(render_card(facts, rows), encoding="utf-8")
-    write_json(
-        results,
-        {"facts": facts, "rows": {k: t.to_dict("index") for k, t in rows.items()}, "provenance": record},
-    )
+    tables = {k: t.to_dict("index") for k, t in rows.items()}
+    write_json(results, {"facts": facts, "rows": tables, "provenance": record})

@@ -23,7 +23,7 @@ from ..metrics import evaluate_folder
 from ..metrics.comparison import summarise
 from ..metrics.files import match_files, read_gray
 from ..metrics.folder import UndefinedWarning
-from ..data.registry import find_set
+from ..data.registry import DataSet, find_set
 
 # %% ../../nbs/09_report/08_study.ipynb #6f4dad53
 class SetFolders(NamedTuple):
@@ -32,9 +32,13 @@ class SetFolders(NamedTuple):
     ir: Path  # infrared, or MRI
     vis: Path  # visible, or CT, PET, SPECT
 
-def _registered(name: str):
-    try: return find_set(name)
-    except InputError: return None
+def _registered(name: str) -> DataSet | None:
+    "The set of the registry, if the name is one of a real set."
+    if name in ("scenes", "phantom"): return None
+    try:
+        return find_set(name)
+    except InputError:
+        return None
 
 # %% ../../nbs/09_report/08_study.ipynb #d9d72db0
 def set_folders(
@@ -45,33 +49,31 @@ def set_folders(
     data: str | Path = "",  # folder that holds real sets
 ) -> SetFolders:
     "Folders of the test part of a set; `InputError` says which parameter or folder is missing."
-    own = {"scenes": scenes, "phantom": phantom}
+    own, known = {"scenes": scenes, "phantom": phantom}, _registered(name)
     if not str(own.get(name, data)):
         raise InputError(f"{name}: no folder is named; pass {name if name in own else 'data'}=DIR")
-    if name in own: root = Path(own[name], "test")
-    elif known := _registered(name):
-        root = Path(data, known.split("test").folder) if "test" in known.splits else Path(data, name, "test")
-        sides = [root / known.sides[s] for s in ("ir", "vis")]
-        if known.kind == "medical": return SetFolders(known.name, *map(find_source, sides, ("ir", "vis")))
-        name = known.name
-    else: root = Path(data, name, "test")
-    return SetFolders(name, find_source(root, "ir"), find_source(root, "vis"))
+    root = Path(own[name], "test") if name in own else Path(data, name, "test")
+    if known and "test" in known.splits: root = Path(data, known.split("test").folder)
+    sides = {"ir": root, "vis": root}
+    if known and known.kind == "medical": sides = {side: root / known.sides[side] for side in sides}
+    found = (find_source(folder, side) for side, folder in sides.items())
+    return SetFolders(known.name if known else name, *found)
 
 # %% ../../nbs/09_report/08_study.ipynb #d9218373
 def expected_images(
     name: str,  # of a set
 ) -> int | None:  # images of the published test split, or None where no count is known
     "The number of images of the whole published test split."
-    known = None if name in ("scenes", "phantom") else _registered(name)
-    counts = [s.count for s in known.splits.values() if "test" in s.name and s.count] if known else []
-    return max(counts, default=None)
+    known = _registered(name)
+    splits = known.splits.values() if known else ()
+    return max((s.count for s in splits if "test" in s.name and s.count), default=None)
 
 # %% ../../nbs/09_report/08_study.ipynb #514cfd88
 def is_medical(
     name: str,  # of a set
 ) -> bool:
     "Whether a set shows medical images: the rendered phantom, or a medical set of the registry."
-    known = None if name in ("scenes", "phantom") else _registered(name)
+    known = _registered(name)
     return name == "phantom" or bool(known and known.kind == "medical")
 
 # %% ../../nbs/09_report/08_study.ipynb #00fe81ee
@@ -86,7 +88,7 @@ def method_folders(
     for place in (Path(p) for p in (fused, others) if str(p)):
         if not place.is_dir():
             raise InputError(f"{place}: no such folder; it should hold <set>/<method>/<stem>.png")
-        for folder in sorted(p for p in (place / name).glob("*") if p.is_dir() and not p.name.startswith(".")):
+        for folder in sorted(p for p in (place / name).glob("[!.]*") if p.is_dir()):
             if folder.name in found:
                 raise InputError(f"{folder}: the method is in {found[folder.name]} too; rename one of them")
             found[folder.name] = folder
@@ -97,7 +99,7 @@ def other_images(
     others: str | Path,  # as the user named it; "" for the usual place
     data: str | Path,  # folder of real sets
 ) -> Path | str:  # folder with <set>/<method>, or "" for none
-    "Where fused images of other methods are: the named folder, else `fused/` beside the real sets if it is there."
+    "Where fused images of other methods are: the named folder, else `fused/` beside the real sets, if any."
     if str(others): return Path(others)
     return Path(data, "fused") if str(data) and Path(data, "fused").is_dir() else ""
 
@@ -113,7 +115,9 @@ def black_kept(
     return float((read_gray(fused)[black] == 0).mean()) if black.any() else float("nan")
 
 # %% ../../nbs/09_report/08_study.ipynb #5aaa9a66
-def _with_variants(folders: Mapping[str, Path], table: pd.DataFrame, variants: Sequence[str], workers: int) -> pd.DataFrame:
+def _with_variants(
+    folders: Mapping[str, Path], table: pd.DataFrame, variants: Sequence[str], workers: int
+) -> pd.DataFrame:
     "The table and, for each further protocol, the columns that it changes."
     for protocol in variants:
         other = evaluate_folder(**folders, protocol=protocol, workers=workers, progress=False)
@@ -132,17 +136,15 @@ def measure_set(
 ) -> dict[str, pd.DataFrame]:  # method -> images × metrics
     "Measure every method on every image of a set; `InputError` names a missing, foreign or broken image."
     if not methods:
-        raise InputError(
-            f"{place.name}: no fused images of this set; run the stage 'fuse', or name a folder with <set>/<method>"
-        )
+        help = "run the stage 'fuse', or name a folder with <set>/<method>"
+        raise InputError(f"{place.name}: no fused images of this set; {help}")
     tables = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UndefinedWarning)  # the summary counts them
         for method, folder in methods.items():
             folders = {"fused": folder, "ir": place.ir, "vis": place.vis}
-            tables[method] = table = _with_variants(
-                folders, evaluate_folder(**folders, protocol=protocol, workers=workers), variants, workers
-            )
+            table = evaluate_folder(**folders, protocol=protocol, workers=workers)
+            tables[method] = table = _with_variants(folders, table, variants, workers)
             if is_medical(place.name):
                 table["black kept"] = [black_kept(**files) for files in match_files(**folders).values()]
     return tables
@@ -152,8 +154,8 @@ def summarise_sets(
     tables: Mapping[tuple[str, str], pd.DataFrame],  # (set, method) -> images × metrics
     *,
     origin: Mapping[tuple[str, str], str] | None = None,  # (set, method) -> where the images came from
-    seeds: Mapping[tuple[str, str], int] | None = None,  # (set, method) -> seed of the training behind it, where there was one
-) -> pd.DataFrame:  # index (set, method, metric); columns mean, low, high, n, undefined, protocol, origin, seed
+    seeds: Mapping[tuple[str, str], int] | None = None,  # (set, method) -> seed of its training, if any
+) -> pd.DataFrame:  # index (set, method, metric); mean, low, high, n, undefined, protocol, origin, seed
     "Means over images with bootstrap intervals, for all methods of all sets."
     if not tables:
         raise InputError("sets: nothing was measured; name at least one set that has fused images")
@@ -184,7 +186,8 @@ def scene_images(
 ) -> dict[str, np.ndarray]:  # label -> picture, sources first
     "Both sources and all fused images of one pair; `InputError` names a method that lacks it."
     pictures = {}
-    for label, folder in {labels[0]: place.ir, labels[1]: place.vis, **{m: f for m, f in methods.items() if m not in ("infrared", "visible")}}.items():
+    fused = {m: folder for m, folder in methods.items() if m not in ("infrared", "visible")}
+    for label, folder in {labels[0]: place.ir, labels[1]: place.vis, **fused}.items():
         files = list_images(folder).get(stem, []) if folder.is_dir() else []
         if len(files) != 1:
             raise InputError(f"{folder}: {len(files)} images named {stem}.*; there must be one")
@@ -197,34 +200,37 @@ def source_labels(
 ) -> tuple[str, str]:  # of the infrared and the visible side
     "What the two sources of a set are called in a figure."
     if name == "phantom": return "structure", "function"
-    return (
-        tuple(_registered(name).sides[s] for s in ("ir", "vis"))
-        if is_medical(name)
-        else ("infrared", "visible")
-    )
+    if not is_medical(name): return "infrared", "visible"
+    sides = _registered(name).sides
+    return sides["ir"], sides["vis"]
 
 # %% ../../nbs/09_report/08_study.ipynb #33ff0050
 def _order(methods: Mapping[str, Path]) -> dict[str, Path]:
-    "Other methods first, then trivial ones, then ours."
-    rank = lambda m: 2 if m.startswith("ours") else 1 if m in BASELINES else 0
-    return {m: methods[m] for m in sorted(methods, key=lambda m: (rank(m), m.lower()))}
+    "Other methods first, then trivial ones, then ours; each part by name."
+    def place(m): return m.startswith("ours"), m in BASELINES, m.lower()
+
+    return {m: methods[m] for m in sorted(methods, key=place)}
 
 # %% ../../nbs/09_report/08_study.ipynb #acf0b9f4
+def _spread(place: SetFolders, n: int) -> list[str]:
+    "Stems of n pairs, evenly spread over the set: the middles of n equal parts."
+    every = [p.stem for p in find_pairs(ir=place.ir, vis=place.vis)]
+    n = min(n, len(every))
+    return [every[int((i + 0.5) * len(every) / n)] for i in range(n)]
+
 def grid_scenes(
     place: SetFolders,  # from `set_folders`
     methods: Mapping[str, Path],  # from `method_folders`
     stems: Sequence[str] | int,  # pairs to show, or how many, evenly spread over the set
-) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, tuple[int, int, int, int]]]:  # pictures and patch of each pair, by "set stem"
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, tuple[int, int, int, int]]]:  # both by "set stem"
     "Pictures and patches of some pairs; `InputError` names a method that lacks one."
-    if isinstance(stems, int):
-        every = [p.stem for p in find_pairs(ir=place.ir, vis=place.vis)]
-        k = min(stems, len(every))
-        stems = [every[int((i + 0.5) * len(every) / k)] for i in range(k)]
-    scenes, boxes = {}, {}
+    stems = _spread(place, stems) if isinstance(stems, int) else stems
+    scenes, boxes, labels = {}, {}, source_labels(place.name)
     for stem in stems:
-        key, (a, b) = f"{place.name} {stem}", source_labels(place.name)
-        scenes[key] = scene_images(place, _order(methods), stem, (a, b))
-        gray = [x if x.ndim == 2 else x @ np.float32(LUMA) for x in (scenes[key][a], scenes[key][b])]
+        key = f"{place.name} {stem}"
+        scenes[key] = scene_images(place, _order(methods), stem, labels)
+        sources = [scenes[key][label] for label in labels]
+        gray = [x if x.ndim == 2 else x @ np.float32(LUMA) for x in sources]
         if gray[0].shape != gray[1].shape:
             raise InputError(f"{key}: the sources differ in size; register and crop the pair to one size")
         boxes[key] = salient_box(*gray)

@@ -10,7 +10,7 @@ __all__ = ['ALIASES', 'TRIVIAL', 'STYLE', 'name_key', 'read_summary', 'over_seed
 # %% ../../nbs/09_report/04_tables.ipynb #9209b89f
 import html
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +42,8 @@ def _need(frame: pd.DataFrame, columns: Iterable[str], numbers: Iterable[str], w
     "The frame, if it has the columns and its numbers are numbers."
     lacking = [c for c in columns if c not in frame]
     if lacking:
-        raise InputError(
-            f"{what}: lacks the columns {', '.join(lacking)}; it has {', '.join(map(str, frame.columns))}"
-        )
+        found = ", ".join(map(str, frame.columns))
+        raise InputError(f"{what}: lacks the columns {', '.join(lacking)}; it has {found}")
     for c in numbers:
         if not pd.api.types.is_numeric_dtype(frame[c]):
             raise InputError(f"{what}: column {c} holds text ({frame[c].iloc[0]!r}); it must be numbers")
@@ -63,32 +62,34 @@ def read_summary(
         raise InputError(f"{path}: is not a table ({e}); run the stage 'evaluate' again") from e
     return _need(frame, _MEASURED, ("mean", "low", "high", "n"), str(path))
 
+# %% ../../nbs/09_report/04_tables.ipynb #e1c6769b
+_CELL = ["set", "method", "metric"]
+
+def _check_seeds(measured: pd.DataFrame) -> None:
+    "`InputError` for rows of one cell that their seeds do not tell apart, or that saw other images."
+    def refuse(rows: pd.DataFrame, what: str) -> None:
+        if len(rows):
+            raise InputError(f"measured: {' '.join(map(str, rows.iloc[0][_CELL]))} {what}")
+
+    groups = measured.groupby(_CELL, sort=False)
+    twice = measured.duplicated([*_CELL, "seed"])
+    refuse(measured[twice], "is there twice; keep one, or give a seed to each")
+    alone = measured["seed"].isna() & (groups["mean"].transform("size") > 1)
+    refuse(measured[alone], "has a row without a seed beside rows with one; name its seed, or leave it out")
+    unequal = groups["n"].transform("nunique") > 1
+    refuse(measured[unequal], "has another number of images for another seed; measure the same images")
+
 # %% ../../nbs/09_report/04_tables.ipynb #bc06dcbb
 def over_seeds(
     measured: pd.DataFrame,  # rows, with or without the column seed
 ) -> pd.DataFrame:  # one row a set, method and metric, with spread and n_seeds
-    "Mean and standard deviation over seeds; rows of a single seed keep their interval. `InputError` for doubled rows and for rows without a seed beside others."
-    keys = ["set", "method", "metric"]
+    "Mean and deviation over seeds; one seed keeps its interval. `InputError` where seeds leave rows alike."
     measured = _need(measured, _MEASURED, ("mean", "low", "high", "n"), "measured")
     measured = measured if "seed" in measured else measured.assign(seed=np.nan)
-    measured = measured[
-        ~(measured["seed"].isna() & measured.duplicated())
-    ]  # what needs no training is the same in every run
-    doubled = measured[measured.duplicated([*keys, "seed"])]
-    if len(doubled):
-        raise InputError(
-            f"measured: {' '.join(map(str, doubled.iloc[0][keys]))} is there twice; keep one, or give a seed to each"
-        )
-    groups = measured.groupby(keys, sort=False)
-    alone = measured["seed"].isna() & (groups["mean"].transform("size") > 1)
-    if alone.any():
-        raise InputError(
-            f"measured: {' '.join(map(str, measured.loc[alone, keys].iloc[0]))} has a row without a seed beside rows with one; name its seed, or leave it out"
-        )
-    if (unequal := groups["n"].nunique() > 1).any():
-        raise InputError(
-            f"measured: {' '.join(unequal[unequal].index[0])} has another number of images for another seed; measure the same images"
-        )
+    again = measured["seed"].isna() & measured.duplicated()
+    measured = measured[~again]  # what needs no training is the same in every run
+    _check_seeds(measured)
+    groups = measured.groupby(_CELL, sort=False)
     result = groups.first()
     result["mean"], result["spread"] = groups["mean"].mean(), groups["mean"].std()
     result["n_seeds"] = groups.size()
@@ -100,57 +101,64 @@ def _of_set(frame: pd.DataFrame, name: str, what: str) -> pd.DataFrame:
     "Rows of a set with a key for the method; two spellings of one method are an error."
     rows = frame[frame["set"].map(name_key) == name_key(name)]
     rows = rows.assign(key=rows["method"].map(name_key))
-    if (doubled := rows[rows.duplicated(["key", "metric"])]).size:
+    doubled = rows[rows.duplicated(["key", "metric"])]
+    if len(doubled):
         names = rows.loc[rows["key"] == doubled["key"].iloc[0], "method"].unique()
-        raise InputError(
-            f"{name}: {what} has {doubled['metric'].iloc[0]} of {' and '.join(names)} twice; keep one"
-        )
+        metric = doubled["metric"].iloc[0]
+        raise InputError(f"{name}: {what} has {metric} of {' and '.join(names)} twice; keep one")
     return rows
 
 # %% ../../nbs/09_report/04_tables.ipynb #717301a4
 def _metric_order(published: pd.DataFrame, measured: pd.DataFrame) -> list[str]:
+    "Published columns first, then the others that were measured, without those of further protocols."
     return list(dict.fromkeys([*published["metric"], *(m for m in measured["metric"] if "@" not in m)]))
 
 # %% ../../nbs/09_report/04_tables.ipynb #e176fc97
 def _join(published: pd.DataFrame, measured: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     "Outer join on method and metric, in the order published, measured only, trivial."
-    p = published.rename(columns={"value": "published", "note": "published_note"}).assign(
-        name=published["method"].str.replace(r"\[.*\]", "", regex=True)
-    )
+    p = published.rename(columns={"value": "published", "note": "published_note"})
+    p["name"] = p["method"].str.replace(r"\[.*\]", "", regex=True)
     m = measured.rename(columns={"mean": "measured"})
-    keep = [c for c in ("key", "metric", "name", "published", "printed", "published_note") if c in p]
+    keep = [c for c in ("key", "metric", "published", "printed", "published_note") if c in p]
     both = p[keep].merge(m.drop(columns="set"), on=["key", "metric"], how="outer")
     both = both[both["metric"].isin(metrics)]
     both["method"] = both["key"].map({**dict(zip(m["key"], m["method"])), **dict(zip(p["key"], p["name"]))})
-    rank = {
-        k: i
-        for i, k in enumerate(
-            dict.fromkeys([*p["key"], *(k for k in m["key"] if k not in TRIVIAL), *TRIVIAL])
-        )
-    }
-    order = both.assign(
-        row=both["key"].map(rank), column=both["metric"].map({n: i for i, n in enumerate(metrics)})
-    )
-    return (
-        order.sort_values(["row", "column"], kind="stable")
-        .drop(columns=["row", "column", "name"])
-        .reset_index(drop=True)
-    )
+    serious = [k for k in m["key"] if k not in TRIVIAL]
+    rows = list(dict.fromkeys([*p["key"], *serious, *TRIVIAL]))
+    both["row"], both["column"] = both["key"].map(rows.index), both["metric"].map(list(metrics).index)
+    both = both.sort_values(["row", "column"], kind="stable").reset_index(drop=True)
+    return both.drop(columns=["row", "column"])
 
 # %% ../../nbs/09_report/04_tables.ipynb #c0b4a98b
 def _kinds(table: pd.DataFrame) -> pd.Series:
     "What each method is: trivial, both, published or measured."
     has = table.groupby("key")[["published", "measured"]].agg(lambda x: x.notna().any())
-    kind = np.where(
-        has.index.isin(TRIVIAL), "trivial",
-        np.where(has.all(axis=1), "both", np.where(has["published"], "published", "measured")),
-    )
+    cases = [has.index.isin(TRIVIAL), has.all(axis=1), has["published"]]
+    kind = np.select(cases, ["trivial", "both", "published"], "measured")
     return table["key"].map(dict(zip(has.index, kind)))
 
 def _ranks(table: pd.DataFrame, column: str, comparable: pd.Series) -> pd.Series:
-    "1 for the highest value of each metric among the comparable rows, 2 for the next; NaN for the others and where one row stands alone."
+    "1 for the highest comparable value of a metric; NaN for the others and where one stands alone."
     groups = table[column].where(comparable).groupby(table["metric"])
     return groups.rank(ascending=False, method="min").where(groups.transform("count") > 1)
+
+# %% ../../nbs/09_report/04_tables.ipynb #e1381b87
+def _with_ranks(table: pd.DataFrame) -> pd.DataFrame:
+    "The table with all columns that rendering needs, differences, and both kinds of ranks."
+    wanted = (*table, "printed", "published_note", "protocol", "origin")
+    table = table.reindex(columns=list(dict.fromkeys(wanted)))
+    table["difference"] = table["measured"] - table["published"]
+    table["published_rank"] = _ranks(table, "published", table["published"].notna())
+    serious = table["kind"] != "trivial"
+    most = table.loc[serious, "n"].max()
+    table["measured_rank"] = _ranks(table, "measured", serious & (table["n"] == most))
+    return table
+
+def _remarks(table: pd.DataFrame, notes: Mapping[str, str]) -> list[str]:
+    "The remark of each row; a remark is about what was measured."
+    remarks = {name_key(k): v for k, v in notes.items()}
+    shown = set(table.loc[table["measured"].notna(), "key"])
+    return [remarks.get(k, "") if k in shown else "" for k in table["key"]]
 
 # %% ../../nbs/09_report/04_tables.ipynb #18567771
 def compare_set(
@@ -158,33 +166,22 @@ def compare_set(
     measured: pd.DataFrame,  # rows, of any sets
     name: str,  # of the set
     *,
-    metrics: Sequence[str] | None = None,  # columns; None: the published ones, then the others that were measured
+    metrics: Sequence[str] | None = None,  # columns; None: the published ones, then others that were measured
     expected: int | None = None,  # images of the whole published test split
     notes: Mapping[str, str] | None = None,  # method -> remark
 ) -> pd.DataFrame:  # one row a method and metric, see the cell below
-    "Published and measured values of one set; `InputError` for an unknown set, a missing column or a doubled method."
+    "Published and measured values of one set; `InputError` for an unknown set or a doubled method."
     p = _of_set(_need(published, _PUBLISHED, ("value",), "published"), name, "the published table")
     m = _of_set(over_seeds(measured), name, "the measurement")
     if p.empty and m.empty:
-        raise InputError(
-            f"{name}: neither published nor measured; known are {', '.join(dict.fromkeys([*published['set'], *measured['set']])) or 'none'}"
-        )
+        known = ", ".join(dict.fromkeys([*published["set"], *measured["set"]]))
+        raise InputError(f"{name}: neither published nor measured; known are {known or 'none'}")
     table = _join(p, m, list(metrics or _metric_order(p, m)))
-    table = table.reindex(
-        columns=[*dict.fromkeys([*table.columns, "printed", "published_note", "protocol", "origin"])]
-    )
     table.insert(0, "set", [*p["set"], *m["set"]][0])
     table.insert(2, "kind", _kinds(table))
-    table["difference"], table["n_expected"] = (
-        table["measured"] - table["published"],
-        np.nan if expected is None else expected,
-    )
-    table["published_rank"] = _ranks(table, "published", table["published"].notna())
-    most = table.loc[table["kind"] != "trivial", "n"].max()
-    table["measured_rank"] = _ranks(table, "measured", (table["kind"] != "trivial") & (table["n"] == most))
-    remarks = {name_key(k): v for k, v in (notes or {}).items()}
-    shown = set(table.loc[table["measured"].notna(), "key"])  # a remark is about what was measured
-    table["note"] = [remarks.get(k, "") if k in shown else "" for k in table["key"]]
+    table["n_expected"] = np.nan if expected is None else expected
+    table = _with_ranks(table)
+    table["note"] = _remarks(table, notes or {})
     return table.drop(columns=[c for c in ("key", "undefined") if c in table])
 
 # %% ../../nbs/09_report/04_tables.ipynb #ba30a759
@@ -210,34 +207,38 @@ def group_remarks(
         column = table[table["metric"] == metric].set_index("method")
         for side in ("published", "measured"):
             groups = value_groups(column[side])
-            spans = [f"{g.min():.4f} to {g.max():.4f} ({', '.join(g.index)})" for g in groups if len(g)]
-            if len(groups) == 2:
-                said.append(
-                    f"{table['set'].iloc[0]}: {side} {metric} falls into two groups, {spans[0]} and {spans[1]}."
-                )
+            if len(groups) < 2: continue
+            spans = [f"{g.min():.4f} to {g.max():.4f} ({', '.join(g.index)})" for g in groups]
+            name = table["set"].iloc[0]
+            said.append(f"{name}: {side} {metric} falls into two groups, {spans[0]} and {spans[1]}.")
     return said
 
 # %% ../../nbs/09_report/04_tables.ipynb #09a32179
 def trivial_wins(
     table: pd.DataFrame,  # from `compare_set`
-) -> pd.DataFrame:  # rows (set, metric, trivial); value, best published and measured methods, and whether the trivial row beats them
+) -> pd.DataFrame:  # one row a metric and trivial method: its value, and for both sides best, value, beats
     "Every trivial row against the best published and the best measured method of each column."
-    found = []
-    serious = table[table["kind"] != "trivial"]
-    for (metric, name), row in table[(table["kind"] == "trivial") & table["measured"].notna()].set_index(["metric", "method"]).iterrows():
+    trivial, found = table["kind"] == "trivial", []
+    for row in table[trivial & table["measured"].notna()].itertuples():
         record = {
-            "set": row["set"], "metric": metric, "trivial": name, "value": row["measured"], "n": row["n"],
-            "n_expected": row["n_expected"],
+            "set": row.set, "metric": row.metric, "trivial": row.method, "value": row.measured, "n": row.n,
+            "n_expected": row.n_expected,
         }
+        rivals = table[~trivial & (table["metric"] == row.metric)].set_index("method")
         for side in ("published", "measured"):
-            rivals = serious[(serious["metric"] == metric) & serious[side].notna()].set_index("method")[side]
-            best = rivals.idxmax() if len(rivals) else None
-            record |= {
-                f"{side}_best": best, f"{side}_value": rivals.get(best, np.nan),
-                f"beats_{side}": bool(len(rivals)) and row["measured"] > rivals.max(),
-            }
+            values = rivals[side].dropna()
+            best = values.idxmax() if len(values) else None
+            record[f"{side}_best"], record[f"{side}_value"] = best, values.get(best, np.nan)
+            record[f"beats_{side}"] = bool(len(values)) and row.measured > values.max()
         found.append(record)
     return pd.DataFrame(found)
+
+# %% ../../nbs/09_report/04_tables.ipynb #01f5a3ab
+def _win(metric: str, rows: pd.DataFrame) -> str:
+    "The trivial rows that beat a column, and what they beat."
+    trivial = ", ".join(f"{r.trivial} {r.value:.4f}" for r in rows.itertuples())
+    first = rows.iloc[0]
+    return f"{metric} ({trivial} against {first['published_value']:.4f} of {first['published_best']})"
 
 # %% ../../nbs/09_report/04_tables.ipynb #216b29bf
 def worth(
@@ -249,48 +250,38 @@ def worth(
         if part["published_best"].isna().all():
             said.append(f"{name}: no published row to compare the trivial rows with.")
             continue
-        won = part[part["beats_published"]]
-        cells = [
-            f"{m} ({', '.join(f'{r.trivial} {r.value:.4f}' for r in g.itertuples())} against {g['published_value'].iloc[0]:.4f} of {g['published_best'].iloc[0]})"
-            for m, g in won.groupby("metric", sort=False)
-        ]
-        few = (
-            f" Measured on {part['n'].iloc[0]:.0f} of {part['n_expected'].iloc[0]:.0f} images, so this is no statement on the whole set."
-            if part["n"].iloc[0] < part["n_expected"].iloc[0]
-            else ""
-        )
-        said.append(
-            f"{name}: a trivial row beats every published row in {'; '.join(cells)}.{few}"
-            if cells
-            else f"{name}: no trivial row beats every published row in any column.{few}"
-        )
+        columns = [_win(m, g) for m, g in part[part["beats_published"]].groupby("metric", sort=False)]
+        text = "no trivial row beats every published row in any column."
+        if columns: text = f"a trivial row beats every published row in {'; '.join(columns)}."
+        first = part.iloc[0]
+        if first["n"] < first["n_expected"]:
+            text += f" Measured on {first['n']:.0f} of {first['n_expected']:.0f} images, "
+            text += "so this is no statement on the whole set."
+        said.append(f"{name}: {text}")
     return said
 
 # %% ../../nbs/09_report/04_tables.ipynb #268f638b
-def _value(x: float) -> str: return "" if pd.isna(x) else f"{x:.4f}"
+def _value(x: float) -> str:
+    "Four decimals, as the paper has them; nothing for NaN."
+    return "" if pd.isna(x) else f"{x:.4f}"
+
+def _signed(x: float) -> str:
+    "A difference with its sign; one that is 0 in four decimals has none."
+    if pd.isna(x): return ""
+    return f"{x:+.4f}" if abs(x) >= 5e-5 else "0.0000"
+
+def _spread(row: pd.Series) -> str:
+    "Deviation over several seeds, else the interval over images, if there is one."
+    if row["n_seeds"] > 1: return f"± {_value(row['spread'])} ({row['n_seeds']:.0f} seeds)"
+    return "" if pd.isna(row["low"]) else f"[{_value(row['low'])}, {_value(row['high'])}]"
 
 # %% ../../nbs/09_report/04_tables.ipynb #32ca9016
 def _shown(row: pd.Series) -> dict[str, str]:
     "Texts of one cell: published, measured, difference, interval."
     printed = row["printed"] if isinstance(row["printed"], str) else _value(row["published"])
-    several = row["n_seeds"] > 1
-    spread = (
-        f"± {_value(row['spread'])} ({row['n_seeds']:.0f} seeds)"
-        if several
-        else f"[{_value(row['low'])}, {_value(row['high'])}]"
-        if not pd.isna(row["low"])
-        else ""
-    )
-    signed = (
-        ""
-        if pd.isna(row["difference"])
-        else f"{row['difference']:+.4f}"
-        if abs(row["difference"]) >= 5e-5
-        else "0.0000"
-    )
     return {
-        "published": printed if not pd.isna(row["published"]) else "", "measured": _value(row["measured"]),
-        "difference": signed, "interval": spread,
+        "published": "" if pd.isna(row["published"]) else printed, "measured": _value(row["measured"]),
+        "difference": _signed(row["difference"]), "interval": _spread(row),
     }
 
 # %% ../../nbs/09_report/04_tables.ipynb #955d4958
@@ -303,14 +294,12 @@ def images_text(
     return f"{n:.0f}" if pd.isna(expected) or n == expected else f"{n:.0f} of {expected:.0f}"
 
 # %% ../../nbs/09_report/04_tables.ipynb #efd01579
-def _methods(table: pd.DataFrame):
+def _methods(table: pd.DataFrame) -> Iterator[tuple[str, str, str, str, dict[str, pd.Series]]]:
     "Name, kind, images, remark and cells of every method."
     for name, part in table.groupby("method", sort=False):
-        n, cells = part["n"].max(), {r["metric"]: r for _, r in part.iterrows()}
-        yield (
-            name, part["kind"].iloc[0], images_text(n, part["n_expected"].iloc[0]), part["note"].iloc[0],
-            cells,
-        )
+        first, cells = part.iloc[0], {r["metric"]: r for _, r in part.iterrows()}
+        images = images_text(part["n"].max(), first["n_expected"])
+        yield name, first["kind"], images, first["note"], cells
 
 # %% ../../nbs/09_report/04_tables.ipynb #e7df9d9d
 _MARK = {1: "**{}**", 2: "<u>{}</u>"}
@@ -330,7 +319,7 @@ def _line(cells: Mapping[str, pd.Series], metrics: Sequence[str], side: str) -> 
 def to_markdown(
     table: pd.DataFrame,  # from `compare_set`
 ) -> str:  # a table with up to three lines a method
-    "Render one set as Markdown: best bold, second best underlined, within published and within measured values."
+    "Render one set as Markdown: best bold, second best underlined, published and measured by themselves."
     metrics = list(dict.fromkeys(table["metric"]))
     lines = [
         "| method | values | images | " + " | ".join(metrics) + " |",
@@ -338,57 +327,80 @@ def to_markdown(
     ]
     for name, kind, images, note, cells in _methods(table):
         for side in ("published", "measured", "difference"):
-            label = name + (
-                " (trivial)" if kind == "trivial" else f" ({note})" if note and side == "measured" else ""
-            )
-            if any(line := _line(cells, metrics, side)):
-                lines.append(
-                    f"| {label} | {side} | {images if side == 'measured' else ''} | "
-                    + " | ".join(line)
-                    + " |"
-                )
+            own = side == "measured"
+            remark = "trivial" if kind == "trivial" else own * note
+            line = _line(cells, metrics, side)
+            label = f"{name} ({remark})" if remark else name
+            if any(line): lines.append(f"| {label} | {side} | {own * images} | {' | '.join(line)} |")
     return "\n".join(lines) + "\n"
 
 # %% ../../nbs/09_report/04_tables.ipynb #e2c806d6
 STYLE = """<style>
-.smfnet-table {border-collapse: collapse; font: 12px/1.35 sans-serif; margin: 4px 0 16px; background: #fff; color: #111}
-.smfnet-table th, .smfnet-table td {padding: 3px 7px; text-align: right; vertical-align: top; border-bottom: 1px solid #ccc}
+.smfnet-table {border-collapse: collapse; font: 12px/1.35 sans-serif; margin: 4px 0 16px}
+.smfnet-table {background: #fff; color: #111}
+.smfnet-table th, .smfnet-table td {padding: 3px 7px; text-align: right; vertical-align: top}
+.smfnet-table th, .smfnet-table td {border-bottom: 1px solid #ccc}
 .smfnet-table th:first-child, .smfnet-table td:first-child {text-align: left}
 .smfnet-table caption {text-align: left; padding: 4px 0; color: #333; caption-side: top}
 .smfnet-table tr.trivial td {background: #f0f0ec}
 .smfnet-table span {display: block; white-space: nowrap}
 .smfnet-table .p {color: #0b5394; font-style: italic}
 .smfnet-table .d {color: #7a3e00; font-size: 10px}
-.smfnet-table .i, .smfnet-table small {color: #555; font-size: 10px; display: block; font-weight: normal; white-space: normal}
+.smfnet-table .i, .smfnet-table small {color: #555; font-size: 10px; font-weight: normal}
+.smfnet-table .i, .smfnet-table small {display: block; white-space: normal}
 .smfnet-table .r1 {font-weight: bold}
 .smfnet-table .r2 {text-decoration: underline}
 .smfnet-table tr.trivial td.above {background: #ffe8b3}
 </style>"""
 
+_TD = ["<td>", "<td class=above>"]
+
+# %% ../../nbs/09_report/04_tables.ipynb #746348ef
+def _span(row: pd.Series, side: str) -> str:
+    "One value of a cell with the class of its side, its rank, and the hint of a published one."
+    text, rank, note = html.escape(_shown(row)[side]), row.get(f"{side}_rank"), row["published_note"]
+    kind = side[0] + (f" r{rank:.0f}" if rank in (1, 2) else "")
+    if side == "published" and isinstance(note, str) and note:
+        return f'<span class="{kind}" title="{html.escape(note)}">{text}°</span>'
+    return f'<span class="{kind}">{text}</span>'
+
 def _html_cell(row: pd.Series | None, above: bool) -> str:
+    "A table cell: the published value, and the measured one with difference and interval."
     if row is None: return "<td></td>"
-    texts = {k: html.escape(v) for k, v in _shown(row).items()}
-    rank = {
-        side: f" r{row[f'{side}_rank']:.0f}" if row[f"{side}_rank"] in (1, 2) else ""
-        for side in ("published", "measured")
-    }
-    hint = (
-        f' title="{html.escape(row["published_note"])}"'
-        if isinstance(row["published_note"], str) and row["published_note"]
-        else ""
-    )
-    spans = (
-        [f'<span class="p{rank["published"]}"{hint}>{texts["published"]}{"°" if hint else ""}</span>']
-        if texts["published"]
-        else []
-    )
-    if texts["measured"]: spans.append(f'<span class="m{rank["measured"]}">{texts["measured"]}</span>')
-    spans += [
-        f'<span class="{k[0]}">{texts[k]}</span>'
-        for k in ("difference", "interval")
-        if texts["measured"] and texts[k]
-    ]
-    return f"<td{' class=above' if above else ''}>{''.join(spans)}</td>"
+    texts = _shown(row)
+    sides = ["published", *(["measured", "difference", "interval"] if texts["measured"] else [])]
+    return _TD[above] + "".join(_span(row, side) for side in sides if texts[side]) + "</td>"
+
+# %% ../../nbs/09_report/04_tables.ipynb #6cd224db
+def _won(table: pd.DataFrame) -> set[tuple[str, str]]:
+    "Trivial cells to mark: they beat every measured method, or every published one on the whole set."
+    wins = trivial_wins(table)
+    if not len(wins): return set()
+    whole = ~(wins["n"] < wins["n_expected"])
+    marked = wins[wins["beats_measured"] | (wins["beats_published"] & whole)]
+    return set(zip(marked["trivial"], marked["metric"]))
+
+# %% ../../nbs/09_report/04_tables.ipynb #051dc715
+def _legend(table: pd.DataFrame, title: str) -> str:
+    "What the colours and marks of an HTML table mean, and the protocol of its measured values."
+    own = table.loc[~table["metric"].str.contains("@"), "protocol"]
+    protocol = ", ".join(dict.fromkeys(html.escape(p) for p in own if isinstance(p, str)))
+    return "; ".join([
+        f"<b>{html.escape(title or str(table['set'].iloc[0]))}</b>",
+        '<i style="color:#0b5394">published</i>',
+        f"measured (protocol {protocol})" if protocol else "measured", "difference",
+        "[95 % interval of the mean over images] or ± spread over seeds",
+        "best bold and second best underlined, published and measured each by itself",
+        "trivial rows gray, not ranked; amber where one beats every measured method, "
+        "or every published one on the whole set",
+    ])
+
+# %% ../../nbs/09_report/04_tables.ipynb #39dab210
+def _html_row(name: str, kind: str, images: str, note: str, cells: Sequence[str]) -> str:
+    "The row of one method."
+    label = html.escape(name) + (" <small>trivial</small>" if kind == "trivial" else "")
+    if note: label += f"<small>measured: {html.escape(note)}</small>"
+    return f'<tr class="{kind}"><td>{label}</td><td>{images}</td>{"".join(cells)}</tr>'
 
 # %% ../../nbs/09_report/04_tables.ipynb #e5b92dd0
 def to_html(
@@ -396,51 +408,14 @@ def to_html(
     title: str = "",  # before the legend; the set's name if empty
 ) -> str:  # a piece of HTML with its own style
     "Render one set as HTML; hints of published cells appear under the pointer and are marked °."
-    metrics, wins = list(dict.fromkeys(table["metric"])), trivial_wins(table)
-    above = (
-        {
-            (w.trivial, w.metric)
-            for w in wins.itertuples()
-            if w.beats_measured or (w.beats_published and not w.n < w.n_expected)
-        }
-        if len(wins)
-        else set()
-    )
-    protocol = ", ".join(
-        dict.fromkeys(
-            p for m, p in zip(table["metric"], table["protocol"]) if isinstance(p, str) and "@" not in m
-        )
-    )
-    legend = [
-        f"<b>{html.escape(title or str(table['set'].iloc[0]))}</b>",
-        '<i style="color:#0b5394">published</i>',
-        f"measured{f' (protocol {html.escape(protocol)})' if protocol else ''}", "difference",
-        "[95 % interval of the mean over images] or ± spread over seeds",
-        "best bold and second best underlined, published and measured each by itself",
-        "trivial rows gray, not ranked; amber where one beats every measured method, or every published one on the whole set",
-    ]
-    head = (
-        "<tr><th>method</th><th>images</th>"
-        + "".join(f"<th>{html.escape(m)}</th>" for m in metrics)
-        + "</tr>"
-    )
-    body = []
+    metrics, above = list(dict.fromkeys(table["metric"])), _won(table)
+    head = "".join(f"<th>{html.escape(m)}</th>" for m in ("method", "images", *metrics))
+    rows = [f"<tr>{head}</tr>"]
     for name, kind, images, note, cells in _methods(table):
-        label = (
-            html.escape(name)
-            + (" <small>trivial</small>" if kind == "trivial" else "")
-            + (f"<small>measured: {html.escape(note)}</small>" if note else "")
-        )
-        body.append(
-            f'<tr class="{kind}"><td>{label}</td><td>{images}</td>'
-            + "".join(_html_cell(cells.get(m), (name, m) in above) for m in metrics)
-            + "</tr>"
-        )
-    return (
-        f'{STYLE}\n<table class="smfnet-table"><caption>{"; ".join(legend)}</caption>\n{head}\n'
-        + "\n".join(body)
-        + "\n</table>\n"
-    )
+        shown = [_html_cell(cells.get(m), (name, m) in above) for m in metrics]
+        rows.append(_html_row(name, kind, images, note, shown))
+    caption = f'<table class="smfnet-table"><caption>{_legend(table, title)}</caption>'
+    return "\n".join([STYLE, caption, *rows, "</table>", ""])
 
 # %% ../../nbs/09_report/04_tables.ipynb #1f70d5af
 def table_sets(
@@ -458,15 +433,21 @@ def profiles(
     table: pd.DataFrame,  # from `compare_set`
 ) -> dict[str, pd.DataFrame]:  # "published" and "measured": methods × metrics, for a radar plot
     "Both sides of a table as plain tables, on the published columns (on all, if nothing is published)."
-    methods, metrics = (
-        dict.fromkeys(table["method"]),
-        list(dict.fromkeys(table.loc[table["published"].notna(), "metric"])),
-    )
-    metrics = metrics or list(dict.fromkeys(table["metric"]))
-    wide = {
-        side: table.pivot(index="method", columns="metric", values=side) for side in ("published", "measured")
-    }
-    return {side: t.reindex(index=methods, columns=metrics).dropna(how="all") for side, t in wide.items()}
+    methods = list(dict.fromkeys(table["method"]))
+    printed = table.loc[table["published"].notna(), "metric"]
+    metrics = list(dict.fromkeys(printed if len(printed) else table["metric"]))
+    sides = {}
+    for side in ("published", "measured"):
+        wide = table.pivot(index="method", columns="metric", values=side)
+        sides[side] = wide.reindex(index=methods, columns=metrics).dropna(how="all")
+    return sides
+
+# %% ../../nbs/09_report/04_tables.ipynb #bef5ab2c
+def _page(title: str, body: str, remarks: Sequence[str]) -> str:
+    "A whole HTML document with paragraphs below its body."
+    name, foot = html.escape(title), "".join(f"<p>{html.escape(r)}</p>\n" for r in remarks)
+    head = f'<html lang="en"><head><meta charset="utf-8"><title>{name}</title></head><body>'
+    return f"<!doctype html>\n{head}\n<h1>{name}</h1>\n{body}{foot}</body></html>\n"
 
 # %% ../../nbs/09_report/04_tables.ipynb #f7495c66
 def write_tables(
@@ -477,16 +458,12 @@ def write_tables(
     remarks: Sequence[str] = (),  # paragraphs below the tables
 ) -> list[Path]:  # the three files
     "Write tidy CSV, Markdown and a self-contained HTML page, each completely or not at all."
-    foot = "".join(f"<p>{html.escape(r)}</p>\n" for r in remarks)
+    notes = "".join(f"\n{r}\n" for r in remarks)
+    texts = [f"# {title}\n", *(f"## {name}\n\n{to_markdown(t)}" for name, t in tables.items())]
     parts = {
         ".csv": pd.concat(tables.values(), ignore_index=True).to_csv(index=False),
-        ".md": f"# {title}\n\n"
-        + "\n".join(f"## {name}\n\n{to_markdown(t)}" for name, t in tables.items())
-        + "".join(f"\n{r}\n" for r in remarks),
-        ".html": f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title></head><body>\n<h1>{html.escape(title)}</h1>\n'
-        + "".join(to_html(t, name) for name, t in tables.items())
-        + foot
-        + "</body></html>\n",
+        ".md": "\n".join(texts) + notes,
+        ".html": _page(title, "".join(to_html(t, k) for k, t in tables.items()), remarks),
     }
     files = [Path(f"{path}{suffix}") for suffix in parts]
     for file, text in zip(files, parts.values()):
@@ -504,10 +481,8 @@ def image_remarks(
     said = []
     for table in tables:
         name, expected, n = table["set"].iloc[0], table["n_expected"].iloc[0], table["n"].max()
-        numbers = {
-            "measured here": n, "in the public test split": expected,
-            "stated by the paper": stated.get(name_key(name), np.nan),
-        }
+        printed = stated.get(name_key(name), np.nan)
+        numbers = {"measured here": n, "in the public test split": expected, "stated by the paper": printed}
         known = {k: int(v) for k, v in numbers.items() if not pd.isna(v)}
         if len(set(known.values())) > 1:
             said.append(f"{name}: images {', '.join(f'{k} {v}' for k, v in known.items())}.")

@@ -24,7 +24,7 @@ sys.exit(not passed)
 
 
 def module_notebooks() -> list[Path]:
-    """All notebooks except those in folders marked `.notest` (experiments) and in hidden or generated ones."""
+    """All notebooks but those in hidden folders and in folders marked `.notest` (experiments, apps)."""
     found = (p for p in (ROOT / "nbs").rglob("*.ipynb") if not (p.parent / ".notest").exists())
     return sorted(
         p for p in found if not any(part.startswith((".", "_")) for part in p.relative_to(ROOT).parts)
