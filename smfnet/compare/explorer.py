@@ -14,7 +14,6 @@ from pathlib import Path
 import ipywidgets as w
 import numpy as np
 import torch
-import torch.nn.functional as F
 from fastcore.basics import patch
 from matplotlib import colormaps
 from PIL import Image
@@ -59,13 +58,12 @@ def _query_and_key(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         own = torch.cat(x.chunk(2, 1))
         query = module.q_local(module.q(own)).roll(x.shape[0], 0)  # each side asks with the other's features
         return query, module.kv_local(module.kv(own)).chunk(2, 1)[0]
-    dense = isinstance(module, DenseMDTA)
-    qkv = F.conv2d(x, module.kernel(), padding=1) if dense else module.local(module.qkv(x))
-    return qkv.chunk(3, 1)[:2]
+    return module.local(module.qkv(x)).chunk(3, 1)[:2]
 
 def _matrix(module: nn.Module, x: Tensor) -> Tensor:
     "B×C×C of one attention module for its input."
-    return attention_matrix(*_query_and_key(module, x), module.temperature)
+    heads = attention_matrix(*_query_and_key(module, x), module.temperature)  # B×heads×c×c
+    return torch.stack([torch.block_diag(*blocks) for blocks in heads])
 
 # %% ../../nbs/10_compare/07_explorer.ipynb #3526f0b1
 @torch.no_grad()

@@ -23,7 +23,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..core.checks import MIN_SIDE, InputError, check_pair, toy_pair
 from ..core.provenance import atomic_path
-from ..network.attention import MDTA, DenseMDTA, Pointwise, TransformerBlock
+from ..fast.prepared import joined_kernel
+from ..fast.training import as_written
+from ..network.attention import MDTA, DenseMDTA
 from ..network.cai import CrossAttention
 from ..network.graph import EdgeMessages, GraphReasoning, interleave
 from ..network.model import SMFNet
@@ -52,12 +54,6 @@ class _ExportDenseMDTA(DenseMDTA):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.local(x).chunk(3, 1)  # `local` holds both convolutions, see `_fold`
         return _attended(q, k, v, self.temperature, self.out)
-
-# %% ../../nbs/06_fusion/04_onnx.ipynb #13ee1e57
-class _ExportBlock(TransformerBlock):
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
-        return x + self.feed_forward(self.norm2(x))
 
 # %% ../../nbs/06_fusion/04_onnx.ipynb #cce51f7e
 def _parts(x: Tensor, n: int) -> tuple[Tensor, ...]:
@@ -96,8 +92,8 @@ class _ExportGraph(GraphReasoning):
 
 # %% ../../nbs/06_fusion/04_onnx.ipynb #ebbcb3e0
 _ROUTES = {
-    Pointwise: nn.Conv2d, MDTA: _ExportMDTA, DenseMDTA: _ExportDenseMDTA, TransformerBlock: _ExportBlock,
-    CrossAttention: _ExportCross, EdgeMessages: _ExportMessages, GraphReasoning: _ExportGraph,
+    MDTA: _ExportMDTA, DenseMDTA: _ExportDenseMDTA, CrossAttention: _ExportCross,
+    EdgeMessages: _ExportMessages, GraphReasoning: _ExportGraph,
 }
 
 # %% ../../nbs/06_fusion/04_onnx.ipynb #b433333a
@@ -105,7 +101,7 @@ def _fold(module: nn.Module) -> None:
     "Join T2's two convolutions; join convolution and BatchNorm where they follow each other."
     if isinstance(module, DenseMDTA):
         joined = nn.Conv2d(module.qkv.in_channels, module.local.out_channels, 3, padding=1, bias=False)
-        joined.weight = nn.Parameter(module.kernel().detach())
+        joined.weight = nn.Parameter(joined_kernel(module).detach())
         module.qkv, module.local = nn.Identity(), joined
     if isinstance(module, nn.Sequential):
         for i in range(len(module) - 1):
@@ -120,7 +116,7 @@ class ExportableFusion(nn.Module):
         model: SMFNet,  # left unchanged
     ):
         super().__init__()
-        self.network = copy.deepcopy(model).float().cpu().eval().requires_grad_(False)
+        self.network = as_written(copy.deepcopy(model)).float().cpu().eval().requires_grad_(False)
         for module in list(self.network.modules()): _fold(module)
         for module in self.network.modules(): module.__class__ = _ROUTES.get(type(module), type(module))
 
