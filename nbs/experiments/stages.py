@@ -1,0 +1,242 @@
+"""What the Snakefile leans on: parameters that are checked, code that has a fingerprint, notebooks that papermill runs."""
+
+import argparse
+import ast
+import difflib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+from jupyter_client import AsyncKernelManager
+from nbclient.exceptions import DeadKernelError
+from pydantic import TypeAdapter, ValidationError
+
+import smfnet
+from smfnet.core.checks import InputError
+from smfnet.core.provenance import provenance, sha256, write_json
+
+HOME = Path(smfnet.__file__).parent
+TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
+
+
+class NotebookFailure(RuntimeError):
+    """A notebook stopped: the message names notebook, cell and error, and the executed copy that was kept."""
+
+
+def code_cells(notebook) -> list:
+    """Code cells of a notebook; `InputError` if it cannot be read."""
+    try:
+        return [c for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "code"]
+    except OSError as e:
+        raise InputError(f"{notebook}: cannot be read ({e.strerror}); check the path") from e
+    except Exception as e:  # whatever nbformat finds
+        raise InputError(f"{notebook}: is not a notebook ({e}); restore the file") from e
+
+
+def parameters(notebook) -> dict[str, tuple]:
+    """Type, default and meaning of each line of the cell tagged `parameters`; `InputError` for any other form."""
+    tagged = [c.source for c in code_cells(notebook) if "parameters" in c.metadata.get("tags", ())]
+    if len(tagged) != 1:
+        raise InputError(f"{notebook}: {len(tagged)} cells carry the tag 'parameters'; exactly one must")
+    try:
+        found = papermill.inspect_notebook(str(notebook)).values()
+        if len(found) != len(ast.parse(tagged[0]).body):
+            raise ValueError("a line is no parameter")
+        kind = lambda p: eval(p["inferred_type_name"], {"__builtins__": TYPES})
+        return {p["name"]: (kind(p), ast.literal_eval(p["default"]), p["help"]) for p in found}
+    except (ValueError, SyntaxError, NameError, TypeError) as e:
+        form = f"write 'name: type = literal  # meaning' with types of {', '.join(TYPES)}"
+        raise InputError(f"{notebook}: the parameters cell cannot be read ({e}); {form}") from e
+
+
+def check_parameters(notebook, given: dict) -> dict:
+    """All parameters of a notebook; `InputError` for a name that it lacks, or a value not of the annotated type."""
+    known = parameters(notebook)
+    for name in (n for n in given if n not in known):
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"it has {', '.join(known)}"
+        raise InputError(f"{notebook}: has no parameter '{name}'; {hint}")
+    complete = {name: given.get(name, default) for name, (_, default, _) in known.items()}
+    for name, value in complete.items():
+        kind = known[name][0]
+        try:
+            TypeAdapter(kind).validate_python(value, strict=True)
+        except ValidationError as e:
+            text = kind.__name__ if type(kind) is type else kind
+            raise InputError(f"{notebook}: {name}={value!r} is not of type {text}; pass such a value") from e
+    return complete
+
+
+def tree(source: str) -> ast.Module:
+    """Syntax tree of a cell or module; lines that only Jupyter understands do not count."""
+    return ast.parse(re.sub(r"(?m)^(\s*)[%!].*", r"\1pass", source))
+
+
+def imports(code: ast.Module, package: str) -> set[str]:
+    """Modules of this project, or names in them, that code imports; relative imports start from `package`."""
+    found = set()
+    for node in ast.walk(code):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        if isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: 1 - node.level or None] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            found |= {f"{base}.{a.name}" for a in node.names}
+    return {name for name in found if name.split(".")[0] == "smfnet"}
+
+
+@functools.cache
+def module(file: Path) -> tuple[str, set[str], dict[str, str]]:
+    """Fingerprint of a module's code, what it imports, and the names that its front door loads from other modules."""
+    code = tree(file.read_text(encoding="utf-8"))
+    calls = [n for n in ast.walk(code) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "front_door"]
+    door = ast.literal_eval(calls[0].args[1]) if calls else {}
+    return digest(code), imports(code, ".".join(file.relative_to(HOME.parent).parts[:-1])), door
+
+
+def digest(code: ast.Module) -> str:
+    """Short checksum of code; comments and layout do not count."""
+    return hashlib.sha256(ast.dump(code).encode()).hexdigest()[:16]
+
+
+def fingerprint(notebook) -> dict[str, str]:
+    """Checksums of a notebook's code and of the modules of this project that it imports, directly or through others."""
+    code = tree("\n".join(c.source for c in code_cells(notebook)))
+    found, queue = {Path(notebook).name: digest(code)}, imports(code, "")
+    while queue:
+        parts = queue.pop().split(".")
+        for step in (HOME.joinpath(*parts[1:n]) for n in range(1, len(parts) + 1)):
+            for file in (f for f in (step / "__init__.py", step.with_suffix(".py")) if f.is_file()):
+                text, names, door = module(file)
+                if (name := file.relative_to(HOME.parent).as_posix()) not in found:
+                    found[name], queue = text, queue | names
+                if step == HOME.joinpath(*parts[1:-1]) and parts[-1] in door:
+                    queue.add(".".join([*parts[:-1], door[parts[-1]], parts[-1]]))
+    return dict(sorted(found.items()))
+
+
+class Manager(AsyncKernelManager):
+    """A kernel that ends by request alone (jupyter_client interrupts it first, which an idle kernel reports as an error)."""
+
+    held = ()  # open locks, which the kernel keeps too: a stage lasts as long as its kernel
+
+    async def start_kernel(self, **options):
+        """Start the kernel with the locks of this process."""
+        return await super().start_kernel(pass_fds=self.held, **options)
+
+    async def shutdown_kernel(self, now=False, restart=False):
+        """Ask the kernel to end; kill it if it does not."""
+        await self.request_shutdown(restart=restart)
+        await self.finish_shutdown(restart=restart)
+        await self.cleanup_resources(restart=restart)
+
+
+class Progress:
+    """Takes what a notebook writes to its error stream; shows of its bars a line now and then."""
+
+    def __init__(self, name: str, every: float):
+        self.name, self.every, self.next = name, every, time.monotonic() + every
+
+    def write(self, text: str) -> None:
+        """Show the last bar in `text` as 'stage: description n of N' if it is time to."""
+        bars = re.findall(r"([^\r\n]*?):? +\d+%\|[^\r\n]*?\| *(\d+)/(\d+)", text)
+        if bars and time.monotonic() >= self.next:
+            print("{}: {} {} of {}".format(self.name, *bars[-1]), file=sys.stderr, flush=True)
+            self.next = time.monotonic() + self.every
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
+def where(notebook, source: str) -> str:
+    """Notebook and cell of a piece of code, for a message."""
+    cells = [c.source for c in code_cells(notebook)]
+    number = f"code cell {cells.index(source) + 1}" if source in cells else "a cell"
+    line = next((x for x in source.splitlines() if x.strip() and not x.startswith("#")), "")
+    return f"{notebook}: {number} (`{line.strip()[:60]}`)"
+
+
+def execute(notebook, executed: Path, params: dict, every: float | None) -> None:
+    """Run a notebook with papermill; `NotebookFailure` names the cell that stopped it."""
+    os.environ.setdefault("TQDM_MININTERVAL", "5")
+    show = {"stderr_file": Progress(executed.parent.name, every)} if every is not None else {}
+    show |= {"kernel_manager_class": Manager, "extra_arguments": ["--log-level=ERROR"], "progress_bar": False}
+    try:
+        papermill.execute_notebook(notebook, executed, parameters=params, kernel_name="python3", **show)
+        return
+    except papermill.PapermillExecutionError as e:
+        said = f"{where(notebook, e.source)} raised {e.ename}: {e.evalue}"
+    except DeadKernelError:
+        ran = [c for c in code_cells(executed) if c.metadata["papermill"]["status"] != "pending"]
+        said = f"{where(notebook, ran[-1].source)} ended the kernel; was there enough memory?"
+    raise NotebookFailure(f"{said}\nexecuted copy: {executed}")
+
+
+def run_notebook(notebook, *, output_dir, params=None, inputs=(), outputs=(), cwd=None, progress=False, every=20) -> Path:
+    """Check, run and record a notebook; its folder gets executed.ipynb, params.json and, after success, provenance.json."""
+    before, folder, started = os.getcwd(), Path(output_dir), time.monotonic()
+    os.chdir(cwd or before)
+    try:
+        complete = check_parameters(notebook, params or {})
+        write_json(folder / "params.json", complete)
+        (folder / "provenance.json").unlink(missing_ok=True)
+        made = provenance(notebook=notebook, params=complete, inputs=inputs, seed=complete.get("seed"))
+        execute(notebook, folder / "executed.ipynb", complete, every if progress else None)
+        if missing := [o for o in outputs if not Path(o).exists()]:
+            raise NotebookFailure(f"{notebook}: ran to its end but did not make {', '.join(missing)}")
+        made |= {"seconds": round(time.monotonic() - started, 1), "outputs": {o: sha256(o) for o in outputs}}
+        write_json(folder / "provenance.json", made)
+        return (folder / "executed.ipynb").absolute()
+    finally:
+        os.chdir(before)
+
+
+def hold(path: str, wait: str = "") -> int | None:
+    """Take a lock that ends with this process, however that ends; None if another holds it and there is no text to wait with."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            return os.close(lock)
+        print(wait.format(Path(path).read_text()), file=sys.stderr, flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    os.ftruncate(lock, 0)
+    os.write(lock, str(os.getpid()).encode())
+    return lock
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one notebook, as the rules do; 0 success, 1 the notebook failed, 2 bad input."""
+    parser = argparse.ArgumentParser(prog="stages.py", description=main.__doc__)
+    parser.add_argument("notebook")
+    parser.add_argument("folder", help="receives executed.ipynb, params.json and provenance.json")
+    parser.add_argument("job", nargs="?", default="{}", help='JSON: {"params": {...}, "inputs": [...]}')
+    parser.add_argument("outputs", nargs="*", help="files and folders that it must make")
+    args, started = parser.parse_args(argv), time.monotonic()
+    try:
+        name = args.folder.strip("/").replace("/", "-")
+        Manager.held = (hold(f".snakemake/running/{name}", "waiting for process {}, which runs this stage"),)
+        job = json.loads(args.job)
+        for path in (p for p in job.get("inputs", ()) if not Path(p).exists()):
+            raise InputError(f"{path}: is not there; run the stage that makes it first")
+        outputs = [o for o in args.outputs if Path(o).name != "provenance.json"]
+        run_notebook(args.notebook, output_dir=args.folder, outputs=outputs, progress=True, **job)
+    except (InputError, NotebookFailure) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2 if isinstance(e, InputError) else 1
+    print(f"{Path(args.folder).name}: done in {time.monotonic() - started:.0f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
