@@ -25,7 +25,7 @@ from .encoder import Encoder
 from .fusion_layers import fusion_layers
 from .graph import EDGE_GATINGS, GraphReasoning
 from ..fast.memory import keep_freed_memory
-from ..core.provenance import atomic_path
+from ..core.provenance import atomic_path, sort_header
 
 # %% ../../nbs/01_network/08_model.ipynb #afb33adc
 SWITCHES = ("base", "detail", "graph", "exchange")  # of the ablation
@@ -238,7 +238,9 @@ def save(
     "Write weights and configuration to a safetensors file, atomically."
     header = {"format": FORMAT, "config": json.dumps(self.config.stored()), **metadata}
     state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-    with atomic_path(path) as temporary: save_file(state, temporary, header)
+    with atomic_path(path) as temporary:
+        save_file(state, temporary, header)
+        sort_header(temporary)
 
 # %% ../../nbs/01_network/08_model.ipynb #82f3eb85
 @patch(cls_method=True)

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'SUBNETWORKS', 'FUSION', 'Recipe', 'recipe', 'learning_rate', 'make_optimiser', 'clip_gradients', 'faded',
-           'TrainingError', 'batch_loss', 'freeze_batchnorm', 'Progress', 'Team', 'Trainer']
+           'TrainingError', 'batch_loss', 'freeze_batchnorm', 'Progress', 'Team', 'Trainer', 'Display']
 
 # %% ../../nbs/05_training/02_trainer.ipynb #9bc8d4f4
 import hashlib
 import json
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -271,6 +272,11 @@ class Trainer:
         "Optimiser steps times `accumulate` in one epoch; an incomplete rest is dropped."
         return len(self.data) // self.recipe.batch // self.recipe.accumulate * self.recipe.accumulate
 
+    @property
+    def steps(self) -> int:  # optimiser steps
+        "Length of the whole recipe."
+        return sum(self.recipe.epochs[s - 1] for s in self.stages) * (self.batches // self.recipe.accumulate)
+
 # %% ../../nbs/05_training/02_trainer.ipynb #ea99d9e3
 @patch
 def new_optimiser(self: Trainer) -> torch.optim.Optimizer:
@@ -399,12 +405,14 @@ def resume(
     self: Trainer,
     *,
     other: str = "error",  # what to do with another run's checkpoint: "error", or "restart" (it is set aside)
+    steps: int = 0,  # the run is to end after this many steps; a checkpoint beyond is another run's; 0: no limit
 ) -> bool:  # whether a checkpoint was found
     "Continue from the newest sound checkpoint of this folder; `InputError` if it belongs to another run."
     found = _load(self)
     if found is None: return _set_aside(self, ["log.jsonl"])
     tensors, state = found
     differs = _differences(state["identity"], self.identity)
+    if 0 < steps < (done := state["progress"]["step"]): differs.append(f"length ({done} steps, more than {steps})")
     if differs and other == "restart": return _set_aside(self, ["checkpoints", "log.jsonl"])
     if differs:
         raise InputError(
@@ -522,26 +530,63 @@ def train_step(self: Trainer, batches: list[dict[str, Tensor]]) -> dict[str, flo
     self.optimiser.step()
     return {**{k: v.item() for k, v in values.items()}, **{f"norm.{k}": v for k, v in norms.items()}}
 
+# %% ../../nbs/05_training/02_trainer.ipynb #be63b4af
+class Display:
+    "How far a run is: a progress bar on a terminal, elsewhere a line a minute and one at the end of each stage."
+    def __init__(
+        self,
+        total: int,  # steps that the run will have
+        progress: Progress,  # read whenever something is shown
+        show: bool,  # False: nothing is shown
+        every: float = 60.0,  # seconds between two lines
+    ):
+        self.total, self.progress, self.every, self.loss = total, progress, every, math.nan
+        self.bar = tqdm(total=total, initial=min(progress.step, total), desc="train", mininterval=1, disable=None if show else True)
+        self.lines, self.due = show and self.bar.disable, time.monotonic() + every
+
+    def step(self, loss: float) -> None:
+        "Count a step."
+        self.loss, p = loss, self.progress
+        self.bar.set_postfix(stage=p.stage, epoch=p.epoch, loss=f"{loss:.3f}", refresh=False)
+        self.bar.update()
+        if self.lines and time.monotonic() >= self.due: self.say()
+
+    def say(self) -> None:
+        "Write a line where no bar is drawn."
+        p, self.due = self.progress, time.monotonic() + self.every
+        if self.lines: print(f"train: stage {p.stage}, step {p.step} of {self.total}, loss {self.loss:.3f}", file=sys.stderr, flush=True)
+
+    def __enter__(self): return self
+
+    def __exit__(self, *error) -> None: self.bar.close()
+
+# %% ../../nbs/05_training/02_trainer.ipynb #a4f7fb29
+def _check_steps(steps: int) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise InputError(f"steps: {steps!r}; give a whole number above 0, or 0 to run to the end")
+
 # %% ../../nbs/05_training/02_trainer.ipynb #a51ab108
 @patch
 def fit(
     self: Trainer,
     *,
+    steps: int = 0,  # stop after this many optimiser steps of the whole run; 0: run to the end
     minutes: float | None = None,  # stop cleanly after this time; None: run to the end
-    progress: bool = True,  # show a progress bar
+    progress: bool = True,  # show a progress bar, or a line a minute where there is no terminal
     on_record: Callable[[dict], None] | None = None,  # called after each line of the log, such as a `LivePlot`
-) -> bool:  # True when all stages are complete, False when the budget ended first
-    "Train to the end of the last stage, or until the budget is used; continues from `progress`."
+) -> bool:  # True when trained as far as was asked, False when the time ended first
+    "Train to the end of the last stage, to `steps`, or until the time is up; continues from `progress`."
+    _check_steps(steps)
     end = time.monotonic() + (60 * minutes if minutes is not None else math.inf)
-    r, p, self.on_record = self.recipe, self.progress, on_record
-    total = sum(r.epochs[s - 1] for s in self.stages) * (self.batches // r.accumulate)
-    with tqdm(total=total, initial=min(p.step, total), desc="train", disable=not (progress and self.team.main), mininterval=1) as bar:
+    p, last, self.on_record = self.progress, steps or math.inf, on_record
+    stop = lambda: p.step >= last or _time_is_up(self, end)
+    with Display(min(self.steps, last), p, progress and self.team.main) as display:
         while not p.done:
-            if not _epoch(self, end, bar):
+            if not _epoch(self, stop, display):
                 self.save()
-                return False
-            _finish_epoch(self)
-    return True
+                break
+            _finish_epoch(self, display)
+    return p.done or p.step >= last
 
 # %% ../../nbs/05_training/02_trainer.ipynb #96ce48d2
 def _time_is_up(self, end: float) -> bool:
@@ -550,8 +595,8 @@ def _time_is_up(self, end: float) -> bool:
     return self.team.mean(torch.tensor(float(time.monotonic() > end), device=self.device)).item() > 0
 
 # %% ../../nbs/05_training/02_trainer.ipynb #af3b2191
-def _epoch(self, end: float, bar) -> bool:
-    "The rest of the current epoch; False when the time is up."
+def _epoch(self, stop: Callable[[], bool], display) -> bool:
+    "The rest of the current epoch; False when it is time to stop."
     p, r = self.progress, self.recipe
     self.model.train()
     if r.freeze_bn: freeze_batchnorm(self.model)
@@ -559,7 +604,7 @@ def _epoch(self, end: float, bar) -> bool:
     source = self.data.batches(1000 * p.stage + p.epoch, r.batch, start=p.batch, share=share)
     for batch in source:
         if p.batch >= self.batches: break
-        if not waiting and _time_is_up(self, end): return False
+        if not waiting and stop(): return False
         waiting.append(batch)
         p.batch += 1
         if len(waiting) < r.accumulate: continue
@@ -572,13 +617,12 @@ def _epoch(self, end: float, bar) -> bool:
             images_per_second=len(waiting) * r.batch / spent, **values,
         )
         waiting = []
-        bar.update()
-        bar.set_postfix(stage=p.stage, epoch=p.epoch, loss=f"{values['loss']:.3f}", refresh=False)
+        display.step(values["loss"])
         if p.step % self.checkpoint_every == 0: self.save()
     return True
 
 # %% ../../nbs/05_training/02_trainer.ipynb #844280a1
-def _finish_epoch(self) -> None:
+def _finish_epoch(self, display) -> None:
     "Validate, move to the next epoch or stage, save."
     p, r = self.progress, self.recipe
     last = p.epoch + 1 == r.epochs[p.stage - 1]
@@ -587,6 +631,7 @@ def _finish_epoch(self) -> None:
         self.record(kind="validation", stage=p.stage, epoch=p.epoch, step=p.step, **self.validate(self.model))
     p.epoch, p.batch = p.epoch + 1, 0
     if last:
+        display.say()
         if self.team.main:
             self.model.save(
                 self.folder / f"stage{p.stage}.safetensors", seed=str(self.seed),
