@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import zipfile
 from glob import glob
 from pathlib import Path
 
@@ -148,9 +149,13 @@ def finish(workflow, plan: Plan) -> None:
     from smfnet.report.page import StageRecord, write_report
 
     dag, order, records = workflow.dag, [r.name for r in workflow.rules], []
-    if dag is None or workflow.executor_plugin is None or workflow.dryrun or not workflow.is_main_process:
+    if dag is None or workflow.executor_plugin is None or not workflow.is_main_process:
         return
     jobs = sorted((j for j in dag.jobs if j.log), key=lambda j: (order.index(j.rule.name), j.log[0]))
+    if workflow.dryrun:
+        why = {Path(j.log[0]).parent.name: ", ".join(dag.reason(j).get_names()) for j in jobs if dag.needrun(j)}
+        print(*(f"would run {name}: {text}" for name, text in why.items()), sep="\n")
+        return
     for job in jobs:
         folder = Path(job.log[0]).parent
         state = "failed" if (folder / "executed.ipynb").exists() else "missing"
@@ -168,6 +173,22 @@ def finish(workflow, plan: Plan) -> None:
         print(f"  {r.name:<{wide}} {'done' if r.state == 'done' else 'NOT DONE: ' + r.state}  {r.folder}")
     print(f"Look at {page}; executed notebooks are in {plan.run}/, pictures in {plan.figures}/.")
     print(*(missing if names else []), sep="\n", flush=True)
+
+
+def keep(plan: Plan) -> None:
+    """Copy to results/ what quick reproductions show: tables, what made them, and the predictions that figures draw."""
+    target, inputs = Path("results", Path(plan.run).name), plan.each["input"]
+    rows = [f"{task}-{name}/rows.csv" for task in ("detection", "segmentation") for name in inputs]
+    for file in map(Path, ["evaluate/summary.csv", "downstream/differences.csv", "table5/rows.csv", *rows]):
+        (target / file.parent).mkdir(parents=True, exist_ok=True)
+        for name in (file.name, "provenance.json"):
+            shutil.copyfile(plan.run / file.parent / name, target / file.parent / name)
+    for figure, task in (("figure4", "detection"), ("figure5", "segmentation")):
+        drawn = json.loads(Path(plan.figures, figure, f"{figure}.json").read_text(encoding="utf-8"))["scenes"]
+        for stage in (f"{task}-{name}" for name in inputs):
+            with zipfile.ZipFile(target / stage / "predictions.zip", "w", zipfile.ZIP_DEFLATED) as packed:
+                for file in sorted(f for f in Path(plan.run, stage, "predictions").iterdir() if f.stem in drawn):
+                    packed.writestr(zipfile.ZipInfo(file.name), file.read_bytes(), zipfile.ZIP_DEFLATED)
 
 
 def damaged(profile: str) -> list[str]:
@@ -200,7 +221,7 @@ def reproduce(args: argparse.Namespace) -> int:
     snakemake([
         "--snakefile", f"{EXPERIMENTS}/Snakefile", "--configfile", str(config), *(["--config", *given] if given else []),
         "--cores", args.cores, "--keep-going", "--rerun-incomplete", "--max-checksum-file-size", str(2**40),
-        "--quiet", "host", "rules", "progress", *(["--dry-run"] if args.dry_run else []), *force, *args.snakemake,
+        "--quiet", *(["all", "--dry-run"] if args.dry_run else ["host", "rules", "progress"]), *force, *args.snakemake,
     ])
 
 

@@ -48,8 +48,8 @@ def parameters(notebook) -> dict[str, tuple]:
         raise InputError(f"{notebook}: {len(tagged)} cells carry the tag 'parameters'; exactly one must")
     try:
         found = papermill.inspect_notebook(str(notebook)).values()
-        if len(found) != len(ast.parse(tagged[0]).body):
-            raise ValueError("a line is no parameter")
+        if len(found) != len(ast.parse(tagged[0]).body) or any(p["inferred_type_name"] == "None" for p in found):
+            raise ValueError("a line is no typed parameter")
         kind = lambda p: eval(p["inferred_type_name"], {"__builtins__": TYPES})
         return {p["name"]: (kind(p), ast.literal_eval(p["default"]), p["help"]) for p in found}
     except (ValueError, SyntaxError, NameError, TypeError) as e:
@@ -140,17 +140,18 @@ class Manager(AsyncKernelManager):
 
 
 class Progress:
-    """Takes what a notebook writes to its error stream; shows of its bars a line now and then."""
+    """Takes what a notebook writes to its error stream, and shows now and then how far it is."""
 
     def __init__(self, name: str, every: float):
-        self.name, self.every, self.next = name, every, time.monotonic() + every
+        self.name, self.every, self.due = name, every, time.monotonic() + every
 
     def write(self, text: str) -> None:
-        """Show the last bar in `text` as 'stage: description n of N' if it is time to."""
-        bars = re.findall(r"([^\r\n]*?):? +\d+%\|[^\r\n]*?\| *(\d+)/(\d+)", text)
-        if bars and time.monotonic() >= self.next:
-            print("{}: {} {} of {}".format(self.name, *bars[-1]), file=sys.stderr, flush=True)
-            self.next = time.monotonic() + self.every
+        """Show the last bar, or the last text 'n of N', as one line 'stage: description n of N' if it is time to."""
+        told = re.findall(r"([^\r\n]*?):? *\d+%\|[^\r\n]*?\| *(\d+)/(\d+)|([^\r\n]*\d+ of \d+[^\r\n]*)", text)
+        if told and time.monotonic() >= self.due:
+            what, n, total, line = told[-1]
+            print(f"{self.name}: {line or f'{what} {n} of {total}'.strip()}", file=sys.stderr, flush=True)
+            self.due = time.monotonic() + self.every
 
     def flush(self) -> None:
         """Nothing is held back."""

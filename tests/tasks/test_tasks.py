@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from stages import NotebookFailure, run_notebook
 
 from smfnet.core.checks import InputError
-from smfnet.pipeline import NotebookFailure, run_notebook
 from smfnet.tasks.comparison import DIFFERENCES, read_differences
 from smfnet.tasks.results import PRINTED, TASK_COLUMNS
 
@@ -113,7 +113,7 @@ def test_package_works_without_the_libraries_of_the_tasks():
     """Everything outside smfnet.tasks imports where transformers, MONAI and the COCO evaluator are absent."""
     code = (
         "import sys\nfor name in ('transformers', 'monai', 'faster_coco_eval'): sys.modules[name] = None\n"
-        "import smfnet.cli, smfnet.pipeline, smfnet.report.claims, smfnet.report.tables, smfnet.tasks.results, smfnet.tasks.comparison, smfnet.tasks.loop\n"
+        "import smfnet.cli, smfnet.report.claims, smfnet.report.tables, smfnet.tasks.results, smfnet.tasks.comparison, smfnet.tasks.loop\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -220,13 +220,16 @@ def test_a_kept_row_of_table_5_is_recomputed(tmp_path, root):
     Conditions must be equal: scenes, preset, recipe and protocol. Another processor, or another order of additions
     since, may move a mean a little, and training amplifies that: the tolerance is the standard deviation over seeds.
     """
-    from smfnet.pipeline import load_plan, run_notebook
+    import yaml
+    from stages import run_notebook
 
-    plan, notebooks = load_plan(root, profile="full"), root / "nbs/experiments"
-    scenes = {**plan["prepare"].params, "profile_dir": str(tmp_path)}
+    notebooks = root / "nbs/experiments"
+    full = yaml.safe_load((notebooks / "config/full.yaml").read_text())
+    scenes = {**full["prepare"], "profile_dir": str(tmp_path)}
     run_notebook(notebooks / "prepare.ipynb", output_dir=tmp_path / "prepare", params=scenes, progress=False)
     params = {
-        **plan["ablation-ours"].params,
+        **full["ablation"],
+        "config": "ours",
         "seeds": [0],
         "data": str(tmp_path / "scenes"),
         "out": str(tmp_path / "ours"),
@@ -259,7 +262,7 @@ def scenes(tmp_path_factory):
 
 def test_ablation_notebooks(scenes, tmp_path, root):
     """The budget stops a run that is continued later; the table is made from its rows."""
-    from smfnet.pipeline import NotebookFailure, run_notebook
+    from stages import NotebookFailure, run_notebook
 
     notebooks, out = root / "nbs/experiments", tmp_path / "inn"
     params = {

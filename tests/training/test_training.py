@@ -680,8 +680,9 @@ def test_live_picture_is_replaced_and_stays(tmp_path):
 def test_train_notebook_fails_continues_and_shows(tmp_path, processes):
     """The experiment notebook: a failed run leaves its executed copy; started again it continues, and its picture stays."""
     pytest.importorskip("papermill")
+    from stages import NotebookFailure, run_notebook
+
     from smfnet.data.scenes import write_scenes
-    from smfnet.pipeline import NotebookFailure, run_notebook
 
     write_scenes(tmp_path / "scenes/train", 4, seed=0, size=(64, 96))
     write_scenes(tmp_path / "scenes/val", 1, seed=9, size=(64, 96))
