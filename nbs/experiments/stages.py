@@ -1,4 +1,4 @@
-"""What the Snakefile leans on: parameters that are checked, code that has a fingerprint, notebooks that papermill runs."""
+"""What the Snakefile leans on: checked parameters, fingerprints of code, notebooks that papermill runs."""
 
 import argparse
 import ast
@@ -28,7 +28,7 @@ TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "di
 
 
 class NotebookFailure(RuntimeError):
-    """A notebook stopped: the message names notebook, cell and error, and the executed copy that was kept."""
+    """A notebook stopped: the message names notebook, cell and error, and the executed copy."""
 
 
 def code_cells(notebook) -> list:
@@ -42,13 +42,14 @@ def code_cells(notebook) -> list:
 
 
 def parameters(notebook) -> dict[str, tuple]:
-    """Type, default and meaning of each line of the cell tagged `parameters`; `InputError` for any other form."""
+    """Type, default and meaning of each line of the `parameters` cell; `InputError` for other forms."""
     tagged = [c.source for c in code_cells(notebook) if "parameters" in c.metadata.get("tags", ())]
     if len(tagged) != 1:
         raise InputError(f"{notebook}: {len(tagged)} cells carry the tag 'parameters'; exactly one must")
     try:
         found = papermill.inspect_notebook(str(notebook)).values()
-        if len(found) != len(ast.parse(tagged[0]).body) or any(p["inferred_type_name"] == "None" for p in found):
+        untyped = [p for p in found if p["inferred_type_name"] == "None"]
+        if untyped or len(found) != len(ast.parse(tagged[0]).body):
             raise ValueError("a line is no typed parameter")
         kind = lambda p: eval(p["inferred_type_name"], {"__builtins__": TYPES})
         return {p["name"]: (kind(p), ast.literal_eval(p["default"]), p["help"]) for p in found}
@@ -58,7 +59,7 @@ def parameters(notebook) -> dict[str, tuple]:
 
 
 def check_parameters(notebook, given: dict) -> dict:
-    """All parameters of a notebook; `InputError` for a name that it lacks, or a value not of the annotated type."""
+    """All parameters of a notebook; `InputError` for a name that it lacks or a value of another type."""
     known = parameters(notebook)
     for name in (n for n in given if n not in known):
         close = difflib.get_close_matches(name, known, n=1)
@@ -71,8 +72,12 @@ def check_parameters(notebook, given: dict) -> dict:
             TypeAdapter(kind).validate_python(value, strict=True)
         except ValidationError as e:
             text = kind.__name__ if type(kind) is type else kind
-            raise InputError(f"{notebook}: {name}={value!r} is not of type {text}; pass such a value") from e
+            message = f"{notebook}: {name}={value!r} is not of type {text}; pass such a value"
+            raise InputError(message) from e
     return complete
+
+
+# --- code ---------------------------------------------------------------------------------------------------
 
 
 def tree(source: str) -> ast.Module:
@@ -80,8 +85,13 @@ def tree(source: str) -> ast.Module:
     return ast.parse(re.sub(r"(?m)^(\s*)[%!].*", r"\1pass", source))
 
 
+def digest(code: ast.Module) -> str:
+    """Short checksum of code; comments and layout do not count."""
+    return hashlib.sha256(ast.dump(code).encode()).hexdigest()[:16]
+
+
 def imports(code: ast.Module, package: str) -> set[str]:
-    """Modules of this project, or names in them, that code imports; relative imports start from `package`."""
+    """Names that code imports from this project, with module; relative imports start from `package`."""
     found = set()
     for node in ast.walk(code):
         if isinstance(node, ast.Import):
@@ -95,38 +105,38 @@ def imports(code: ast.Module, package: str) -> set[str]:
 
 @functools.cache
 def module(file: Path) -> tuple[str, set[str], dict[str, str]]:
-    """Fingerprint of a module's code, what it imports, and the names that its front door loads from other modules."""
+    """Checksum of a module, what it imports, and what its front door loads: name -> module."""
     code = tree(file.read_text(encoding="utf-8"))
-    calls = [n for n in ast.walk(code) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "front_door"]
-    door = ast.literal_eval(calls[0].args[1]) if calls else {}
-    return digest(code), imports(code, ".".join(file.relative_to(HOME.parent).parts[:-1])), door
-
-
-def digest(code: ast.Module) -> str:
-    """Short checksum of code; comments and layout do not count."""
-    return hashlib.sha256(ast.dump(code).encode()).hexdigest()[:16]
+    calls = [n for n in ast.walk(code) if isinstance(n, ast.Call)]
+    doors = [c.args[1] for c in calls if getattr(c.func, "id", "") == "front_door"]
+    package = ".".join(file.relative_to(HOME.parent).parts[:-1])
+    return digest(code), imports(code, package), ast.literal_eval(doors[0]) if doors else {}
 
 
 def fingerprint(notebook) -> dict[str, str]:
-    """Checksums of a notebook's code and of the modules of this project that it imports, directly or through others."""
+    """Checksums of a notebook's code and of this project's modules that it imports, also through others."""
     code = tree("\n".join(c.source for c in code_cells(notebook)))
     found, queue = {Path(notebook).name: digest(code)}, imports(code, "")
     while queue:
         parts = queue.pop().split(".")
-        for step in (HOME.joinpath(*parts[1:n]) for n in range(1, len(parts) + 1)):
-            for file in (f for f in (step / "__init__.py", step.with_suffix(".py")) if f.is_file()):
-                text, names, door = module(file)
-                if (name := file.relative_to(HOME.parent).as_posix()) not in found:
-                    found[name], queue = text, queue | names
-                if step == HOME.joinpath(*parts[1:-1]) and parts[-1] in door:
-                    queue.add(".".join([*parts[:-1], door[parts[-1]], parts[-1]]))
+        steps = [HOME.joinpath(*parts[1:n]) for n in range(1, len(parts) + 1)]
+        files = [f for s in steps for f in (s / "__init__.py", s.with_suffix(".py")) if f.is_file()]
+        for file in files:
+            checksum, names, door = module(file)
+            if (name := file.relative_to(HOME.parent).as_posix()) not in found:
+                found[name], queue = checksum, queue | names
+            if file.parent == steps[-1].parent and parts[-1] in door:
+                queue.add(".".join([*parts[:-1], door[parts[-1]], parts[-1]]))
     return dict(sorted(found.items()))
 
 
-class Manager(AsyncKernelManager):
-    """A kernel that ends by request alone (jupyter_client interrupts it first, which an idle kernel reports as an error)."""
+# --- running a notebook -------------------------------------------------------------------------------------
 
-    held = ()  # open locks, which the kernel keeps too: a stage lasts as long as its kernel
+
+class Manager(AsyncKernelManager):
+    """A kernel that ends on request; jupyter_client interrupts it first, which an idle kernel reports."""
+
+    held = ()  # open locks, which the kernel gets too: a stage lasts as long as its kernel
 
     async def start_kernel(self, **options):
         """Start the kernel with the locks of this process."""
@@ -146,11 +156,12 @@ class Progress:
         self.name, self.every, self.due = name, every, time.monotonic() + every
 
     def write(self, text: str) -> None:
-        """Show the last bar, or the last text 'n of N', as one line 'stage: description n of N' if it is time to."""
-        told = re.findall(r"([^\r\n]*?):? *\d+%\|[^\r\n]*?\| *(\d+)/(\d+)|([^\r\n]*\d+ of \d+[^\r\n]*)", text)
+        """Show the last bar, or the last line with 'n of N', if it is time to."""
+        bar, line = r"([^\r\n]*?):? *\d+%\|[^\r\n]*?\| *(\d+)/(\d+)", r"([^\r\n]*\d+ of \d+[^\r\n]*)"
+        told = re.findall(f"{bar}|{line}", text)
         if told and time.monotonic() >= self.due:
-            what, n, total, line = told[-1]
-            print(f"{self.name}: {line or f'{what} {n} of {total}'.strip()}", file=sys.stderr, flush=True)
+            what, n, total, said = told[-1]
+            print(f"{self.name}: {said or f'{what} {n} of {total}'.strip()}", file=sys.stderr, flush=True)
             self.due = time.monotonic() + self.every
 
     def flush(self) -> None:
@@ -168,10 +179,13 @@ def where(notebook, source: str) -> str:
 def execute(notebook, executed: Path, params: dict, every: float | None) -> None:
     """Run a notebook with papermill; `NotebookFailure` names the cell that stopped it."""
     os.environ.setdefault("TQDM_MININTERVAL", "5")
-    show = {"stderr_file": Progress(executed.parent.name, every)} if every is not None else {}
-    show |= {"kernel_manager_class": Manager, "extra_arguments": ["--log-level=ERROR"], "progress_bar": False}
+    options = {"kernel_manager_class": Manager, "extra_arguments": ["--log-level=ERROR"]}
+    if every is not None:
+        options["stderr_file"] = Progress(executed.parent.name, every)
     try:
-        papermill.execute_notebook(notebook, executed, parameters=params, kernel_name="python3", **show)
+        papermill.execute_notebook(
+            notebook, executed, parameters=params, kernel_name="python3", progress_bar=False, **options
+        )
         return
     except papermill.PapermillExecutionError as e:
         said = f"{where(notebook, e.source)} raised {e.ename}: {e.evalue}"
@@ -181,8 +195,10 @@ def execute(notebook, executed: Path, params: dict, every: float | None) -> None
     raise NotebookFailure(f"{said}\nexecuted copy: {executed}")
 
 
-def run_notebook(notebook, *, output_dir, params=None, inputs=(), outputs=(), cwd=None, progress=False, every=20) -> Path:
-    """Check, run and record a notebook; its folder gets executed.ipynb, params.json and, after success, provenance.json."""
+def run_notebook(
+    notebook, *, output_dir, params=None, inputs=(), outputs=(), cwd=None, progress=False, every=20.0
+) -> Path:
+    """Check, run and record a notebook: executed.ipynb, params.json and, after success, provenance.json."""
     before, folder, started = os.getcwd(), Path(output_dir), time.monotonic()
     os.chdir(cwd or before)
     try:
@@ -193,22 +209,24 @@ def run_notebook(notebook, *, output_dir, params=None, inputs=(), outputs=(), cw
         execute(notebook, folder / "executed.ipynb", complete, every if progress else None)
         if missing := [o for o in outputs if not Path(o).exists()]:
             raise NotebookFailure(f"{notebook}: ran to its end but did not make {', '.join(missing)}")
-        made |= {"seconds": round(time.monotonic() - started, 1), "outputs": {o: sha256(o) for o in outputs}}
+        made["seconds"] = round(time.monotonic() - started, 1)
+        made["outputs"] = {o: sha256(o) for o in outputs}
         write_json(folder / "provenance.json", made)
         return (folder / "executed.ipynb").absolute()
     finally:
         os.chdir(before)
 
 
-def hold(path: str, wait: str = "") -> int | None:
-    """Take a lock that ends with this process, however that ends; None if another holds it and there is no text to wait with."""
+def hold(path, wait: str = "") -> int | None:
+    """Take a lock that ends with this process, however it ends; None if it is taken and `wait` is empty."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         if not wait:
-            return os.close(lock)
+            os.close(lock)
+            return None
         print(wait.format(Path(path).read_text()), file=sys.stderr, flush=True)
         fcntl.flock(lock, fcntl.LOCK_EX)
     os.ftruncate(lock, 0)
@@ -225,8 +243,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("outputs", nargs="*", help="files and folders that it must make")
     args, started = parser.parse_args(argv), time.monotonic()
     try:
-        name = args.folder.strip("/").replace("/", "-")
-        Manager.held = (hold(f".snakemake/running/{name}", "waiting for process {}, which runs this stage"),)
+        lock = f".snakemake/running/{args.folder.strip('/').replace('/', '-')}"
+        Manager.held = (hold(lock, "waiting for process {}, which runs this stage"),)
         job = json.loads(args.job)
         for path in (p for p in job.get("inputs", ()) if not Path(p).exists()):
             raise InputError(f"{path}: is not there; run the stage that makes it first")

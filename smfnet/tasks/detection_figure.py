@@ -23,7 +23,7 @@ from ..core.checks import InputError
 from ..data.pairs import Boxes
 from ..data.scenes import M3FD_CLASSES
 from .detection import Detections, limited, match
-from .results import in_turn, result_folders
+from .results import in_turn, prediction_folder, result_folders
 from .samples import Samples
 
 # %% ../../nbs/08_tasks/06_detection_figure.ipynb #e492f3b2
@@ -165,7 +165,7 @@ def read_detections(
     folders: Sequence[str | Path],  # results of detection.ipynb; a * stands for any part of a name
 ) -> dict[str, Path]:  # input -> folder of its predictions
     "Where the detections of each input lie; `InputError` for missing results, or results under other conditions."
-    return {name: folder / "predictions" for name, folder in result_folders(folders, "detection").items()}
+    return {name: prediction_folder(folder) for name, folder in result_folders(folders, "detection").items()}
 
 # %% ../../nbs/08_tasks/06_detection_figure.ipynb #a108fdb5
 def _read(folder: Path, stem: str) -> Detections:
