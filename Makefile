@@ -18,6 +18,8 @@ ARGS        ?=
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+export DATA  # the shell reads it, so that any name of a folder will do
+
 .PHONY: help install reproduce reproduce-full test browser app bench lint export clean
 .DEFAULT_GOAL := help
 
@@ -38,7 +40,7 @@ $(STAMP): pyproject.toml $(wildcard $(CONSTRAINTS))
 	@touch $@
 
 reproduce: $(STAMP)  ## every table and figure (DATA=DIR: of real images; PROFILE=demo|real|full SET="STAGE.NAME=VALUE ..." DRY=1)
-	@$(BIN)/python -m smfnet.pipeline reproduce --profile $(PROFILE) $(if $(DATA),--data '$(DATA)') \
+	@$(BIN)/python nbs/experiments/reproduce.py --profile $(PROFILE) $${DATA:+--data "$$DATA"} \
 	  $(foreach change,$(SET),--set '$(change)') $(if $(DRY),--dry-run) $(if $(ARGS),-- $(ARGS))
 
 reproduce-full:  ## the same with all training, ablations and seeds: demo scale, with DATA=DIR as in the paper (GPU)
@@ -69,5 +71,5 @@ export: $(STAMP)  ## write smfnet/*.py and README.md from the notebooks, and cle
 	@$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed 's#](../#](#g' > README.md
 
 clean:  ## remove what the commands made (the environment stays)
-	rm -rf runs/demo figures/demo .snakemake .pytest_cache .ruff_cache .hypothesis .last-test-count build dist _docs _proc
+	rm -rf runs/demo figures/demo .pytest_cache .ruff_cache .hypothesis .last-test-count build dist _docs _proc
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

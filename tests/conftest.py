@@ -1,6 +1,7 @@
 """What all tests share: the root of the project, quiet threads, and the count that ends a run."""
 
 import os
+import sys
 from pathlib import Path
 
 # Before anything imports torch: workers of pytest-xdist share the processors, so each keeps to one thread.
@@ -10,6 +11,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "nbs/experiments"))  # helpers of the Snakefile, no part of the package
 
 
 def pytest_addoption(parser):

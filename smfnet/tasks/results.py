@@ -5,10 +5,13 @@
 # %% auto #0
 __all__ = ['TASK_COLUMNS', 'PRINTED', 'draws', 'interval', 'defined_mean', 'scene_kind', 'weights_by_kind', 'score_table',
            'check_alike', 'difference_table', 'read_task_rows', 'as_measured', 'revision_remarks', 'result_folders',
-           'in_turn']
+           'prediction_folder', 'in_turn']
 
 # %% ../../nbs/08_tasks/03_results.ipynb #a1d3b5c6
+import atexit
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from glob import glob
 from pathlib import Path
@@ -253,6 +256,18 @@ def result_folders(
             f"run the stage {task} alike for each input"
         )
     return found
+
+# %% ../../nbs/08_tasks/03_results.ipynb #5d0b7a11
+def prediction_folder(
+    folder: Path,  # results of a stage for one input
+) -> Path:  # holds <stem>.json or <stem>.png
+    "Where the predictions of one input lie; a kept `predictions.zip` is unpacked for as long as this process runs."
+    packed = folder / "predictions.zip"
+    if not packed.is_file(): return folder / "predictions"
+    place = Path(tempfile.mkdtemp(prefix="smfnet-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    shutil.unpack_archive(packed, place)
+    return place
 
 # %% ../../nbs/08_tasks/03_results.ipynb #27e2e29d
 def in_turn(

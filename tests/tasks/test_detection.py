@@ -319,7 +319,7 @@ def test_m3fd_is_divided_by_scene(m3fd):
 
 def test_notebooks_on_a_set_in_m3fds_layout(m3fd, tmp_path, root, monkeypatch):
     """Training, results and figure; a spent budget writes nothing and can be continued."""
-    from smfnet.pipeline import NotebookFailure, run_notebook
+    from stages import NotebookFailure, run_notebook
 
     monkeypatch.setenv("SMFNET_DATA", str(m3fd))
     notebooks, quick = root / "nbs/experiments", {"epochs": 1, "batch": 8}

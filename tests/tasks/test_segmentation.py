@@ -240,7 +240,7 @@ def test_inputs_that_do_not_fit(streets):
 
 def test_notebooks_on_a_set_in_mfnets_layout(mfnet, tmp_path, root, monkeypatch):
     """Training, results and figure from four-channel images; a spent budget writes nothing, and can go on."""
-    from smfnet.pipeline import NotebookFailure, run_notebook
+    from stages import NotebookFailure, run_notebook
 
     monkeypatch.setenv("SMFNET_DATA", str(mfnet))
     notebooks, quick = root / "nbs/experiments", {"epochs": 1, "crop": 64, "batch": 2}

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from stages import NotebookFailure, run_notebook
 
 from smfnet.core.checks import InputError
-from smfnet.pipeline import NotebookFailure, run_notebook
 from smfnet.tasks.comparison import DIFFERENCES, read_differences
 from smfnet.tasks.results import PRINTED, TASK_COLUMNS
 
@@ -107,7 +107,7 @@ def test_package_works_without_the_libraries_of_the_tasks():
         "import sys\n"
         "absent = 'transformers', 'monai', 'faster_coco_eval'\n"
         "sys.modules.update(dict.fromkeys(absent))\n"
-        "import smfnet.cli, smfnet.pipeline, smfnet.report.claims, smfnet.report.tables\n"
+        "import smfnet.cli, smfnet.report.claims, smfnet.report.tables\n"
         "import smfnet.tasks.results, smfnet.tasks.comparison, smfnet.tasks.loop\n"
         "import smfnet.tasks.segmentation, smfnet.tasks.detection\n"
         "from fastcore.test import test_fail\n"
