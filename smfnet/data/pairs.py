@@ -25,7 +25,9 @@ from ..core.checks import MIN_SIDE, InputError
 from .patches import PatchSet
 from .images import EXTENSIONS, Pairs, find_pairs, list_images, read_pair, rgb_to_ycbcr
 from .registry import DataSet, Split, data_roots, find_set, locate, registry
-from .scenes import KINDS, M3FD_CLASSES, MFNET_CLASSES, render_scene
+from .classes import M3FD_CLASSES, MFNET_CLASSES
+from .scenes.cameras import KINDS
+from .scenes.sets import render_scene
 
 # %% ../../nbs/03_data/06_pairs.ipynb #b566ef7d
 class Content(NamedTuple):

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from ..core.checks import InputError
 from ..data.pairs import Boxes, PairSet, get_pairs
 from ..core.provenance import atomic_path, write_json
-from ..data.scenes import M3FD_CLASSES
+from ..data.classes import M3FD_CLASSES
 from .loop import TaskNetwork, TaskRecipe, TaskTrainer, change, load_backbone
 from .results import check_alike, defined_mean, difference_table, score_table
 from .samples import SOURCES, Samples, TaskBatches

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from ..core.checks import InputError
 from ..data.pairs import get_pairs
 from ..core.provenance import atomic_path
-from ..data.scenes import MFNET_CLASSES
+from ..data.classes import MFNET_CLASSES
 from .loop import TaskNetwork, TaskRecipe, TaskTrainer, change, load_backbone
 from .results import check_alike, defined_mean, difference_table, score_table
 from .samples import SOURCES, Samples, TaskBatches

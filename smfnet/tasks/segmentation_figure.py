@@ -19,7 +19,7 @@ from matplotlib.patches import Patch
 
 from ..core.checks import InputError
 from ..data.pairs import read_mask
-from ..data.scenes import MFNET_CLASSES, MFNET_PALETTE
+from ..data.classes import MFNET_CLASSES, MFNET_PALETTE
 from .results import in_turn, result_folders
 from .samples import Samples
 from .segmentation import IGNORE
