@@ -122,7 +122,7 @@ def notebook_of(path, *cells):
 
 
 def test_section_with_several_exported_cells(tmp_path):
-    """Functions of all exported cells belong to the section, as do smaller headings and lessons below them."""
+    """Functions of all exported cells belong to the section, as do lessons below smaller headings."""
     first, second = (f'#| export\ndef {name}(x):\n    "eq 20"\n    return x' for name in ("f", "g"))
     path = notebook_of(
         tmp_path / "many.ipynb",
