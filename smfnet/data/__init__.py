@@ -10,6 +10,8 @@ from ..core.front_door import front_door
 
 # %% ../../nbs/03_data/00_data.ipynb #ecf0a30b
 __getattr__, __dir__, __all__ = front_door(__name__, {
+    "MFNET_CLASSES": "classes",
+    "M3FD_CLASSES": "classes",
     "find_pairs": "images",
     "read_pair": "images",
     "read_image": "images",
@@ -20,7 +22,7 @@ __getattr__, __dir__, __all__ = front_door(__name__, {
     "patch_loader": "pairs",
     "find_set": "registry",
     "check_pairs": "pair_check",
-    "render_scene": "scenes",
-    "write_scenes": "scenes",
+    "render_scene": "scenes.sets",
+    "write_scenes": "scenes.sets",
     "render_phantom": "phantom",
 })

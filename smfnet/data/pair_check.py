@@ -39,10 +39,9 @@ class Shift(NamedTuple):
         self,
         tolerance: float = 3.0,  # pixels that are accepted as aligned
     ) -> bool:
-        "Whether the pair is probably misaligned: far enough, a clear peak, and edges that agree better after moving."
-        return (
-            self.length > tolerance and self.strength > 6 and self.after > 1.05 * max(self.before, 0) + 0.005
-        )
+        "Whether the pair is probably misaligned: far enough, a clear peak, edges that agree better moved."
+        better = self.after > 1.05 * max(self.before, 0) + 0.005
+        return self.length > tolerance and self.strength > 6 and better
 
 # %% ../../nbs/03_data/07_pair_check.ipynb #852d41c1
 def edges(
@@ -71,9 +70,8 @@ def _peak(a: np.ndarray, b: np.ndarray, reach: int) -> tuple[int, int, float]:
     spectra = [fft.rfft2((x - x.mean()) * taper) for x in (a, b)]
     cross = spectra[0] * np.conj(spectra[1])
     surface = fft.irfft2(cross / (np.sqrt(np.abs(cross)) + 1e-12), s=a.shape)
-    near = ndimage.gaussian_filter(
-        np.roll(surface, (reach, reach), (0, 1))[: 2 * reach + 1, : 2 * reach + 1], 1
-    )
+    near = np.roll(surface, (reach, reach), (0, 1))[:2 * reach + 1, :2 * reach + 1]
+    near = ndimage.gaussian_filter(near, 1)
     rows, columns = np.unravel_index(near.argmax(), near.shape)
     spread = 1.4826 * np.median(np.abs(near - np.median(near)))
     return int(rows) - reach, int(columns) - reach, float((near.max() - np.median(near)) / max(spread, 1e-12))
@@ -90,7 +88,8 @@ def estimate_shift(
     reach = min(min(a.shape) // 2 - 1, max(8, min(a.shape) // 8) if reach is None else reach)
     rows, columns, strength = _peak(a, b, reach)
     def alike(x, y):
-        return float(np.corrcoef(x.ravel(), y.ravel())[0, 1]) if x.std() > 0 and y.std() > 0 else 0.0
+        if x.std() == 0 or y.std() == 0: return 0.0
+        return float(np.corrcoef(x.ravel(), y.ravel())[0, 1])
     return Shift(rows, columns, strength, alike(a, b), alike(*overlap(a, b, rows, columns)))
 
 # %% ../../nbs/03_data/07_pair_check.ipynb #17e18889
@@ -103,8 +102,9 @@ def show_shift(
 ) -> None:
     "Draw the edges of both sides over each other, before and after undoing a displacement."
     a, b = (x / max(np.percentile(x, 99.5), 1e-6) for x in (edges(ir), edges(vis)))
-    for ax, (title, (p, q)) in zip(axes, ((f"as it is: {shift.before:.2f}", (a, b)),
-                                          (f"moved by {-shift.rows}, {-shift.columns}: {shift.after:.2f}", overlap(a, b, shift.rows, shift.columns)))):
+    moved = overlap(a, b, shift.rows, shift.columns)
+    titles = f"as it is: {shift.before:.2f}", f"moved by {-shift.rows}, {-shift.columns}: {shift.after:.2f}"
+    for ax, title, (p, q) in zip(axes, titles, ((a, b), moved)):
         ax.imshow(np.clip(p[..., None] * (0.9, 0.6, 0.0) + q[..., None] * (0.0, 0.45, 0.9), 0, 1))
         ax.set_title(title, fontsize=9)
         ax.axis("off")
@@ -122,56 +122,38 @@ WHITE, BLACK, FLAT = 0.05, 0.60, 0.01  # shares of the pixels; standard deviatio
 def _brightness(stem: str, side: str, x: np.ndarray) -> list[Finding]:
     "Blank and saturated images."
     if x.std() < FLAT:
-        return [
-            Finding(
-                stem, "blank",
-                f"the {side} image is nearly blank (standard deviation {x.std():.4f}); was the lens covered?",
-            )
-        ]
+        text = f"the {side} image is nearly blank (standard deviation {x.std():.4f}); was the lens covered?"
+        return [Finding(stem, "blank", text)]
     white, black = float((x >= 1 - 1e-6).mean()), float((x <= 1e-6).mean())
-    found = (
-        [
-            Finding(
-                stem, "saturated",
-                f"{white:.0%} of the {side} image is white; expose shorter, or widen the range",
-            )
-        ]
-        if white > WHITE
-        else []
-    )
-    return found + (
-        [
-            Finding(
-                stem, "saturated",
-                f"{black:.0%} of the {side} image is black; expose longer, or lower the range",
-            )
-        ]
-        if black > BLACK
-        else []
-    )
+    texts = []
+    if white > WHITE:
+        texts.append(f"{white:.0%} of the {side} image is white; expose shorter, or widen the range")
+    if black > BLACK:
+        texts.append(f"{black:.0%} of the {side} image is black; expose longer, or lower the range")
+    return [Finding(stem, "saturated", text) for text in texts]
 
 # %% ../../nbs/03_data/07_pair_check.ipynb #d5697996
 def _depth(stem: str, side: str, path: Path) -> list[Finding]:
     "Files whose depth promises more than their values hold."
     pixels = read_pixels(path)
-    levels = len(np.unique(pixels.values))
-    if pixels.full == 65535 and pixels.values.max() < 256:
-        return [
-            Finding(
-                stem, "depth",
-                f"the {side} file has 16 bits but no value above {pixels.values.max()}; save it with 8 bits or scale it",
-            )
-        ]
-    return (
-        [
-            Finding(
-                stem, "depth",
-                f"the {side} file has only {levels} levels; it was probably thresholded or quantised",
-            )
-        ]
-        if levels < 16
-        else []
-    )
+    levels, top = len(np.unique(pixels.values)), pixels.values.max()
+    if pixels.full == 65535 and top < 256:
+        text = f"the {side} file has 16 bits but no value above {top}; save it with 8 bits or scale it"
+    elif levels < 16:
+        text = f"the {side} file has only {levels} levels; it was probably thresholded or quantised"
+    else: return []
+    return [Finding(stem, "depth", text)]
+
+# %% ../../nbs/03_data/07_pair_check.ipynb #7d100704
+def _displaced(stem: str, ir: np.ndarray, vis: np.ndarray, tolerance: float) -> list[Finding]:
+    "A likely displacement."
+    shift = estimate_shift(ir=ir, vis=vis)
+    if not shift.likely(tolerance): return []
+    down = f"{abs(shift.rows)} pixels {'lower' if shift.rows > 0 else 'higher'}"
+    across = f"{abs(shift.columns)} further {'right' if shift.columns > 0 else 'left'}"
+    agree = f"edges agree {shift.before:.2f}, after moving {shift.after:.2f}"
+    text = f"the infrared seems to lie {down} and {across} ({agree}); register the pair"
+    return [Finding(stem, "shift", text)]
 
 # %% ../../nbs/03_data/07_pair_check.ipynb #e967ef8d
 def _one_pair(p: DataPair, tolerance: float) -> tuple[list[Finding], tuple | None]:
@@ -181,64 +163,52 @@ def _one_pair(p: DataPair, tolerance: float) -> tuple[list[Finding], tuple | Non
     found = [*_brightness(p.stem, "infrared", ir), *_brightness(p.stem, "visible", vis)]
     if isinstance(p.source, Files) and not isinstance(p.source, Packed):
         found += [*_depth(p.stem, "infrared", p.source.ir), *_depth(p.stem, "visible", p.source.vis)]
-    marks = [
-        hashlib.sha256(repr(x.shape).encode() + np.rint(x * 65535).astype(np.uint16).tobytes()).digest()
-        for x in (ir, vis)
-    ]
+    marks = [_mark(x) for x in (ir, vis)]
     if marks[0] == marks[1]:
-        found.append(
-            Finding(p.stem, "identical", "both sides show the same image; was one folder given twice?")
-        )
+        text = "both sides show the same image; was one folder given twice?"
+        found.append(Finding(p.stem, "identical", text))
     elif not any(f.fault == "blank" for f in found):
-        shift = estimate_shift(ir=ir, vis=vis)
-        if shift.likely(tolerance):
-            found.append(
-                Finding(
-                    p.stem,
-                    "shift",
-                    f"the infrared seems to lie {abs(shift.rows)} pixels {'lower' if shift.rows > 0 else 'higher'} and {abs(shift.columns)} further "
-                    f"{'right' if shift.columns > 0 else 'left'} (edges agree {shift.before:.2f}, after moving {shift.after:.2f}); register the pair",
-                )
-            )
+        found += _displaced(p.stem, ir, vis, tolerance)
     return found, (*marks, _thumbnail(ir), _thumbnail(vis))
+
+def _mark(x: np.ndarray) -> bytes:
+    "Checksum of the pixels at 16 bits."
+    return hashlib.sha256(repr(x.shape).encode() + np.rint(x * 65535).astype(np.uint16).tobytes()).digest()
 
 # %% ../../nbs/03_data/07_pair_check.ipynb #7022c495
 def _thumbnail(x: np.ndarray, side: int = 16) -> np.ndarray:
     "A tiny version of mean 0 and norm 1."
-    small = ndimage.zoom(
-        ndimage.uniform_filter(x, [n / side for n in x.shape]), [side / n for n in x.shape], order=1,
-        grid_mode=True, mode="nearest",
-    )
+    smooth = ndimage.uniform_filter(x, [n / side for n in x.shape])
+    scale = [side / n for n in x.shape]
+    small = ndimage.zoom(smooth, scale, order=1, grid_mode=True, mode="nearest")
     small = small - small.mean()
     return (small / max(float(np.linalg.norm(small)), 1e-9)).ravel()
 
 # %% ../../nbs/03_data/07_pair_check.ipynb #2d0a0f70
+def _same_images(marks: dict[str, tuple]) -> list[Finding]:
+    "Images that are those of an earlier pair, pixel by pixel."
+    found, first = [], ({}, {})
+    for stem, its in marks.items():
+        for k, side in enumerate(("infrared", "visible")):
+            other = first[k].setdefault(its[k], stem)
+            if other == stem: continue
+            text = f"the {side} image is that of {other}; remove one, or check how the files were named"
+            found.append(Finding(stem, "duplicate", text))
+    return found
+
+# %% ../../nbs/03_data/07_pair_check.ipynb #7d100707
 ALIKE = 0.998  # correlation of both thumbnails from which two pairs are nearly the same
 
 def _repeats(marks: dict[str, tuple]) -> list[Finding]:
-    "Pairs that repeat an earlier one."
-    stems, found, first = list(marks), [], ({}, {})
-    for stem in stems:
-        for k, side in enumerate(("infrared", "visible")):
-            other = first[k].setdefault(marks[stem][k], stem)
-            if other != stem:
-                found.append(
-                    Finding(
-                        stem, "duplicate",
-                        f"the {side} image is that of {other}; remove one, or check how the files were named",
-                    )
-                )
+    "Pairs that repeat an earlier one, exactly or nearly."
+    stems, found = list(marks), _same_images(marks)
     known = {f.stem for f in found}
     small = [np.array([marks[s][k] for s in stems]) for k in (2, 3)]
     for j, stem in enumerate(stems):
         near = np.minimum(*(x[:j] @ x[j] for x in small)) if j else np.empty(0)
         if near.size and near.max() > ALIKE and stem not in known:
-            found.append(
-                Finding(
-                    stem, "duplicate",
-                    f"nearly repeats {stems[int(near.argmax())]} on both sides; keep them in one split",
-                )
-            )
+            text = f"nearly repeats {stems[int(near.argmax())]} on both sides; keep them in one split"
+            found.append(Finding(stem, "duplicate", text))
     return found
 
 # %% ../../nbs/03_data/07_pair_check.ipynb #f41be88b
@@ -266,10 +236,8 @@ def check_pairs(
     progress: bool = True,  # show a bar
 ) -> CheckReport:
     "Look for faults in pairs: their files, brightness, repetition and alignment."
-    report, marks = (
-        CheckReport(len(pairs), [Finding(stem, "partner", text) for stem, text in pairs.problems.items()]),
-        {},
-    )
+    lonely = [Finding(stem, "partner", text) for stem, text in pairs.problems.items()]
+    report, marks = CheckReport(len(pairs), lonely), {}
     for p in tqdm(pairs, desc="check pairs", unit="pair", disable=not progress):
         found, mark = _one_pair(p, tolerance)
         report.findings += found
@@ -280,6 +248,7 @@ def check_pairs(
 
 # %% ../../nbs/03_data/07_pair_check.ipynb #e194c994
 def _picture(p: DataPair, folder: Path) -> None:
+    "Draw a displaced pair into a file."
     from matplotlib.figure import Figure
 
     from smfnet.core.provenance import atomic_path

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -49,6 +50,7 @@ def load_pairs(
 
 # %% ../../nbs/03_data/03_patches.ipynb #e4d6c0aa
 def _load(p: Pair) -> LoadedPair:
+    "Luminance of both files of a pair."
     ir, vis = read_pair(ir=p.ir, vis=p.vis)
     return LoadedPair(p.stem, ir.luminance, vis.luminance)
 
@@ -91,90 +93,100 @@ class PatchSet:
         if not 0 <= gain < 1:
             raise InputError(f"gain: {gain!r}; give a number from 0 to below 1")
         self.pairs, self.patch, self.flips, self.gain, self.seed = list(pairs), patch, flips, gain, seed
-        for p in self.pairs:
-            if min(p.ir.shape) < patch:
-                raise InputError(
-                    f"{p.stem}: {p.ir.shape[1]}×{p.ir.shape[0]} is smaller than a {patch}×{patch} patch; choose a smaller patch"
-                )
         self.items = [
             (i, y, x)
             for i, p in enumerate(self.pairs)
-            for y, x in grid(*p.ir.shape, patch=patch, stride=stride)
-            if min(contrast(a[y : y + patch, x : x + patch]) for a in (p.ir, p.vis)) >= min_contrast
+            for y, x in _corners(p, patch, stride)
+            if min(contrast(a) for a in _cut(p, y, x, patch)) >= min_contrast
         ]
         if not self.items:
-            raise InputError(
-                f"all patches are flatter than min_contrast={min_contrast}; lower it or check the images"
-            )
+            problem = f"all patches are flatter than min_contrast={min_contrast}"
+            raise InputError(f"{problem}; lower it or check the images")
 
     def __len__(self) -> int: return len(self.items)
 
-    def order(
-        self,
-        epoch: int,  # 0, 1, …
-    ) -> np.ndarray:  # a permutation of the patch indices
-        "The order of an epoch: a pure function of seed and epoch."
-        return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(self))
+# %% ../../nbs/03_data/03_patches.ipynb #7d100303
+def _corners(p: LoadedPair, patch: int, stride: int) -> list[tuple[int, int]]:
+    "Corners (y, x) of the patches of a pair; `InputError` if not even one fits."
+    height, width = p.ir.shape
+    if min(height, width) < patch:
+        problem = f"{p.stem}: {width}×{height} is smaller than a {patch}×{patch} patch"
+        raise InputError(f"{problem}; choose a smaller patch")
+    return grid(height, width, patch=patch, stride=stride)
 
-    def __getitem__(
-        self,
-        key: tuple[int, int],  # (epoch, index)
-    ) -> np.ndarray:  # 2×h×h float32: infrared, visible
-        "One pair of patches, mirrored and darkened as (seed, epoch, index) says."
-        epoch, index = map(int, key)
-        i, y, x = self.items[index]
-        pair = np.stack(
-            [a[y : y + self.patch, x : x + self.patch] for a in (self.pairs[i].ir, self.pairs[i].vis)]
-        )
-        if self.flips:
-            up, left = np.random.Generator(np.random.PCG64([self.seed, epoch, index, 1])).integers(0, 2, 2)
-            pair = pair[:, ::1 - 2 * up, ::1 - 2 * left]
-        if self.gain:
-            factors = np.random.Generator(np.random.PCG64([self.seed, epoch, index, 2])).uniform(
-                1 - self.gain, 1, (2, 1, 1)
-            )
-            pair = pair * factors.astype(np.float32)
-        return pair
+def _cut(p: LoadedPair, y: int, x: int, patch: int) -> tuple[np.ndarray, np.ndarray]:
+    "The patch at a corner, infrared and visible."
+    return tuple(a[y:y + patch, x:x + patch] for a in (p.ir, p.vis))
 
-    def batch(
-        self,
-        epoch: int,  # 0, 1, …
-        indices: Iterable[int],  # patch indices
-    ) -> dict[str, Tensor]:  # `ir` and `vis`, B×1×h×h, [0,1]
-        "A batch of patches."
-        both = torch.from_numpy(np.stack([self[epoch, i] for i in indices]))
-        return {"ir": both[:, :1], "vis": both[:, 1:]}
+# %% ../../nbs/03_data/03_patches.ipynb #7d100305
+@patch
+def order(
+    self: PatchSet,
+    epoch: int,  # 0, 1, …
+) -> np.ndarray:  # a permutation of the patch indices
+    "The order of an epoch: a pure function of seed and epoch."
+    return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(self))
 
-    def batches(
-        self,
-        epoch: int,  # 0, 1, …
-        size: int,  # pairs in a batch; an incomplete last batch is dropped
-        *,
-        start: int = 0,  # first batch to give: a stopped epoch continues here
-        share: tuple[int, int] = (0, 1),  # (process, number of processes): which part of every batch to give
-    ) -> Iterator[dict[str, Tensor]]:  # batches of `ir` and `vis`
-        "The batches of one epoch from any position, or one process's share of each."
-        if size > len(self):
-            raise InputError(
-                f"batch: {size} pairs, but the data has only {len(self)} patches; choose a smaller batch"
-            )
-        rank, world = share
-        if size % world:
-            raise InputError(
-                f"batch: {size} pairs cannot be shared evenly by {world} processes; choose a multiple of {world}"
-            )
-        order, part = self.order(epoch), size // world
-        for first in range(start * size + rank * part, len(order) // size * size, size):
-            yield self.batch(epoch, order[first : first + part])
+# %% ../../nbs/03_data/03_patches.ipynb #7d100306
+@patch
+def __getitem__(
+    self: PatchSet,
+    key: tuple[int, int],  # (epoch, index)
+) -> np.ndarray:  # 2×h×h float32: infrared, visible
+    "One pair of patches, mirrored and darkened as (seed, epoch, index) says."
+    epoch, index = map(int, key)
+    i, y, x = self.items[index]
+    pair = np.stack(_cut(self.pairs[i], y, x, self.patch))
+    def generator(purpose): return np.random.Generator(np.random.PCG64([self.seed, epoch, index, purpose]))
+    if self.flips:
+        up, left = generator(1).integers(0, 2, 2)
+        pair = pair[:, ::1 - 2 * up, ::1 - 2 * left]
+    if self.gain: pair = pair * generator(2).uniform(1 - self.gain, 1, (2, 1, 1)).astype(np.float32)
+    return pair
 
-    def fingerprint(self) -> str:  # hexadecimal sha256
-        "A checksum of pixels, patch positions and settings: runs may only be continued on equal data."
-        h = hashlib.sha256(
-            repr(
-                (self.items, self.patch, self.flips, *([self.gain] if self.gain else []), self.seed)
-            ).encode()
-        )
-        for p in self.pairs:
-            h.update(p.ir.tobytes())
-            h.update(p.vis.tobytes())
-        return h.hexdigest()
+# %% ../../nbs/03_data/03_patches.ipynb #7d100308
+@patch
+def batch(
+    self: PatchSet,
+    epoch: int,  # 0, 1, …
+    indices: Iterable[int],  # patch indices
+) -> dict[str, Tensor]:  # `ir` and `vis`, B×1×h×h, [0,1]
+    "A batch of patches."
+    both = torch.from_numpy(np.stack([self[epoch, i] for i in indices]))
+    return {"ir": both[:, :1], "vis": both[:, 1:]}
+
+# %% ../../nbs/03_data/03_patches.ipynb #7d100309
+@patch
+def batches(
+    self: PatchSet,
+    epoch: int,  # 0, 1, …
+    size: int,  # pairs in a batch; an incomplete last batch is dropped
+    *,
+    start: int = 0,  # first batch to give: a stopped epoch continues here
+    share: tuple[int, int] = (0, 1),  # (process, number of processes): which part of every batch to give
+) -> Iterator[dict[str, Tensor]]:  # batches of `ir` and `vis`
+    "The batches of one epoch from any position, or one process's share of each."
+    rank, world = share
+    if size > len(self):
+        problem = f"batch: {size} pairs, but the data has only {len(self)} patches"
+        raise InputError(f"{problem}; choose a smaller batch")
+    if size % world:
+        problem = f"batch: {size} pairs cannot be shared evenly by {world} processes"
+        raise InputError(f"{problem}; choose a multiple of {world}")
+    order, part = self.order(epoch), size // world
+    for first in range(start * size + rank * part, len(order) // size * size, size):
+        yield self.batch(epoch, order[first:first + part])
+
+# %% ../../nbs/03_data/03_patches.ipynb #7d10030b
+@patch
+def fingerprint(
+    self: PatchSet,
+) -> str:  # hexadecimal sha256
+    "A checksum of pixels, patch positions and settings: runs may only be continued on equal data."
+    gain = [self.gain] if self.gain else []  # absent where it is off
+    settings = (self.items, self.patch, self.flips, *gain, self.seed)
+    h = hashlib.sha256(repr(settings).encode())
+    for p in self.pairs:
+        h.update(p.ir.tobytes())
+        h.update(p.vis.tobytes())
+    return h.hexdigest()

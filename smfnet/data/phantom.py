@@ -29,8 +29,10 @@ OTHER = {
 BLUR = {"CT": 0.6, "PET": 2.2, "SPECT": 3.2}  # resolution: standard deviation, pixels of a slice of 256
 COLOURS = {
     "PET": ((0, 0, 0), (.1, 0, .55), (0, .45, .9), (0, .75, .3), (.95, .9, 0), (.95, .2, 0), (1, 1, 1)),
-    "SPECT": ((0, 0, 0), (.3, 0, .4), (.75, .05, .3), (1, .45, 0), (1, .85, .2), (1, 1, 1))}
+    "SPECT": ((0, 0, 0), (.3, 0, .4), (.75, .05, .3), (1, .45, 0), (1, .85, .2), (1, 1, 1)),
+}
 
+# %% ../../nbs/03_data/09_phantom.ipynb #7d100901
 @dataclass(frozen=True)
 class Phantom:
     "One aligned pair of slices."
@@ -67,49 +69,41 @@ def _stream(seed: int, purpose: int) -> np.random.Generator:
     "Generator of one purpose (0 anatomy, 1 MRI, 2 the other modality) of one phantom."
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, purpose, 77])))
 
-def _folds(rng, swings: tuple[int, ...], depth: float):
+def _folds(rng, swings: tuple[int, ...], depth: float) -> tuple:
+    "Folds of an outline, with random depths and phases."
     return tuple((n, depth * rng.uniform(0.5, 1), rng.uniform(0, 2 * np.pi)) for n in swings)
 
 # %% ../../nbs/03_data/09_phantom.ipynb #7063c9e8
 def _inner(plane, rng, tissue, wide: float, tall: float) -> None:
     "Ventricles, nuclei and a lesion, painted into `tissue`."
+    def paint(name, *shape): tissue[ellipse(plane, *shape)] = TISSUES.index(name)
     bow, reach = rng.uniform(0.25, 0.5), rng.uniform(0.1, 0.17)
     nucleus = rng.uniform(0.07, 0.11), rng.uniform(0.1, 0.15)
     for side in (-1, 1):
         jitter = rng.uniform(0.9, 1.1, 4)
-        tissue[
-            ellipse(plane, (side * 0.13 * jitter[0], -0.08), (0.07 * jitter[1], reach + 0.1), side * bow)
-        ] = TISSUES.index("ventricle")
-        tissue[
-            ellipse(plane, (side * 0.26 * jitter[2], 0.14), (nucleus[0] * jitter[3], nucleus[1]), -side * 0.3)
-        ] = TISSUES.index("nucleus")
+        axes = (0.07 * jitter[1], reach + 0.1)
+        paint("ventricle", (side * 0.13 * jitter[0], -0.08), axes, side * bow)
+        axes = (nucleus[0] * jitter[3], nucleus[1])
+        paint("nucleus", (side * 0.26 * jitter[2], 0.14), axes, -side * 0.3)
     side, radius = rng.choice((-1, 1)), rng.uniform(0.07, 0.16)
     place = side * rng.uniform(0.3, 0.55) * wide, rng.uniform(-0.5, 0.5) * tall
-    tissue[
-        ellipse(
-            plane, place, (radius, radius * rng.uniform(0.7, 1.3)), rng.uniform(0, 3),
-            _folds(rng, (3, 5), 0.12),
-        )
-    ] = TISSUES.index("lesion")
+    axes = (radius, radius * rng.uniform(0.7, 1.3))
+    paint("lesion", place, axes, rng.uniform(0, 3), _folds(rng, (3, 5), 0.12))
 
 # %% ../../nbs/03_data/09_phantom.ipynb #87407c52
 def _anatomy(seed: int, size: tuple[int, int]) -> np.ndarray:
     "Tissue of every pixel."
-    plane, rng = _plane(size), _stream(seed, 0)
+    (x, y), rng = _plane(size), _stream(seed, 0)
     wide, tall, turn = rng.uniform(0.68, 0.76), rng.uniform(0.84, 0.92), rng.uniform(-0.06, 0.06)
-    plane = tuple(
-        np.cos(turn) * a + s * np.sin(turn) * b
-        for a, b, s in ((plane[0], plane[1], 1), (plane[1], plane[0], -1))
-    )
+    plane = np.cos(turn) * x + np.sin(turn) * y, np.cos(turn) * y - np.sin(turn) * x
     tissue = np.zeros(size, np.uint8)
     for name, cut in (("skin", 0), ("skull", rng.uniform(0.04, 0.06)), ("fluid", rng.uniform(0.1, 0.13))):
         tissue[ellipse(plane, (0, 0), (wide - cut, tall - cut))] = TISSUES.index(name)
     for name, cut, depth in (("grey matter", 0.16, 0.02), ("white matter", 0.25, 0.075)):
         folds = _folds(rng, (14, 23, 31), depth)
         tissue[ellipse(plane, (0, 0), (wide - cut, tall - cut), folds=folds)] = TISSUES.index(name)
-    tissue[(np.abs(plane[0]) < 0.012) & (np.abs(plane[1]) > 0.3) & (tissue >= 4)] = TISSUES.index(
-        "fluid"
-    )  # between the halves
+    gap = (np.abs(plane[0]) < 0.012) & (np.abs(plane[1]) > 0.3) & (tissue >= 4)  # between the halves
+    tissue[gap] = TISSUES.index("fluid")
     _inner(plane, rng, tissue, wide, tall)
     return tissue
 
@@ -128,7 +122,8 @@ def _scan(tissue, table, rng, *, blur: float, grain: float, uneven: float) -> np
     return np.clip(image, 0, 1) * (tissue > 0)
 
 # %% ../../nbs/03_data/09_phantom.ipynb #2a64f967
-def _false_colour(image: np.ndarray, colours) -> np.ndarray:  # H×W×3
+def _false_colour(image: np.ndarray, colours) -> np.ndarray:
+    "Colours H×W×3 of brightness H×W, between the given ones."
     at = np.linspace(0, 1, len(colours))
     return np.stack([np.interp(image, at, channel) for channel in zip(*colours)], -1)
 
@@ -142,14 +137,14 @@ def _other(tissue, kind: str, rng) -> np.ndarray:
 
 # %% ../../nbs/03_data/09_phantom.ipynb #8f64e419
 def _check(seed, size, kind) -> None:
+    "Refuse what cannot be drawn."
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise InputError(f"seed: expected a number of 0 or more, found {seed!r}")
     if len(size) != 2 or not all(isinstance(s, int | np.integer) and s >= 48 for s in size):
         raise InputError(f"size: {size!r}; give height and width of 48 pixels or more")
     if kind not in (None, *KINDS):
-        raise InputError(
-            f"kind: {kind!r} is unknown; choose one of {', '.join(KINDS)}, or None for all in turn"
-        )
+        known = f"{', '.join(KINDS)}, or None for all in turn"
+        raise InputError(f"kind: {kind!r} is unknown; choose one of {known}")
 
 # %% ../../nbs/03_data/09_phantom.ipynb #b3d694e9
 def render_phantom(
@@ -160,12 +155,12 @@ def render_phantom(
 ) -> Phantom:
     "Draw one aligned pair of slices; the same seed gives the same head in each kind. Raises `InputError`."
     _check(seed, size, kind)
-    seed, kind, tissue = int(seed), kind or KINDS[seed % len(KINDS)], _anatomy(int(seed), tuple(size))
+    seed, kind = int(seed), kind or KINDS[seed % len(KINDS)]
+    tissue = _anatomy(seed, tuple(size))
     weighting = ("T1", "T2")[seed // len(KINDS) % 2]
     mri = _scan(tissue, MRI[weighting], _stream(seed, 1), blur=0.5, grain=0.015, uneven=0.08)
-    levels = [
-        np.rint(255 * image).astype(np.uint8) for image in (mri, _other(tissue, kind, _stream(seed, 2)))
-    ]
+    other = _other(tissue, kind, _stream(seed, 2))
+    levels = [np.rint(255 * image).astype(np.uint8) for image in (mri, other)]
     return Phantom(*levels, tissue, kind, weighting, seed)
 
 # %% ../../nbs/03_data/09_phantom.ipynb #1dfa8e39
@@ -177,7 +172,7 @@ def write_phantoms(
     size: tuple[int, int] = (256, 256),  # H, W, pixels
     kind: str | None = None,  # one of `KINDS`; None: all in turn
 ) -> list[str]:  # names such as phantom_0000_CT
-    "Write a set of phantoms to PNG files, one by one and atomically; `InputError` for bad arguments or an unwritable folder."
+    "Write phantoms to PNG files, one by one and atomically; `InputError` for bad arguments or folders."
     if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= 10**6:
         raise InputError(f"n: expected a number of pairs between 1 and 1000000, found {n!r}")
     _check(seed, size, kind)

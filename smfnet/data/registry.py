@@ -97,66 +97,59 @@ class DataSet:
         "A split by its name; `InputError` lists the names."
         if name is None and len(self.splits) == 1: name = next(iter(self.splits))
         if name not in self.splits:
-            raise InputError(
-                f"{self.name}: {'name a split' if name is None else f'no split {name!r}'}; choose one of {', '.join(self.splits)}"
-            )
+            problem = "name a split" if name is None else f"no split {name!r}"
+            raise InputError(f"{self.name}: {problem}; choose one of {', '.join(self.splits)}")
         return self.splits[name]
 
 # %% ../../nbs/03_data/04_registry.ipynb #147084af
-def _known(side: str, number: int, size: int, digest: str, *, stem_file: str, folder: str, sources: list, fetch: str) -> KnownFile:
-    source = sources[number]
-    upstream = f"{source[side]}/{stem_file}"
+def _known(source: dict, side: str, file: str, *, folder: str, fetch: str, facts: Sequence) -> KnownFile:
+    "One file of a line of the registry; `facts` are its length and checksum."
+    upstream = f"{source[side]}/{file}"
     url = fetch.format(repository=source["repository"], commit=source["commit"], path=quote(upstream))
-    return KnownFile(
-        f"{folder}/{stem_file}", size, digest, f"{source['repository']}@{source['commit']}:{upstream}", url
-    )
+    origin = f"{source['repository']}@{source['commit']}:{upstream}"
+    return KnownFile(f"{folder}/{file}", *facts, origin, url)
 
 # %% ../../nbs/03_data/04_registry.ipynb #feca10e0
 def _known_pairs(stated: dict, entry: dict, folder: str, fetch: str) -> tuple[KnownPair, ...]:
+    "The pairs of a split, from its lines of the registry."
     pairs = []
     for stem, (suffix, number, *facts) in sorted(stated["pairs"].items()):
-        sides = [
-            _known(
-                side, number, *facts[2 * i : 2 * i + 2], stem_file=stem + suffix,
-                folder=f"{folder}/{entry['sides'][side]}", sources=stated["sources"], fetch=fetch,
-            )
-            for i, side in enumerate(("ir", "vis"))
-        ]
+        sides = []
+        for side, its in (("ir", facts[:2]), ("vis", facts[2:])):
+            place = f"{folder}/{entry['sides'][side]}"
+            source = stated["sources"][number]
+            sides.append(_known(source, side, stem + suffix, folder=place, fetch=fetch, facts=its))
         pairs.append(KnownPair(stem, *sides))
     return tuple(pairs)
 
 # %% ../../nbs/03_data/04_registry.ipynb #533065a8
 _PLAIN = ("folder", "count", "counted_by", "pairs", "sources", "of", "leave_out", "about")
 
+def _whole_split(name: str, owner: str, entry: dict, fetch: str) -> Split:
+    "A split that is no part of another one."
+    stated = entry["splits"][name]
+    folder = f"{entry['root']}/{stated['folder']}".removesuffix("/.") if "folder" in stated else None
+    pairs = _known_pairs(stated, entry, folder, fetch) if "pairs" in stated else None
+    return Split(name, owner, folder, None, None, pairs)
+
 # %% ../../nbs/03_data/04_registry.ipynb #589fe522
 def _split(name: str, owner: str, entry: dict, fetch: str) -> Split:
+    "A split as the registry states it."
     stated = entry["splits"][name]
     parent, out = stated.get("of"), tuple(stated.get("leave_out", ()))
-    base = _split(parent, owner, entry, fetch) if parent else None
-    folder = (
-        base.folder
-        if base
-        else f"{entry['root']}/{stated['folder']}".removesuffix("/.")
-        if "folder" in stated
-        else None
-    )
-    pairs = (
-        tuple(p for p in base.pairs if p.stem not in out)
-        if base
-        else _known_pairs(stated, entry, folder, fetch)
-        if "pairs" in stated
-        else None
-    )
-    extra = {**(base.extra if base else {}), **{k: v for k, v in stated.items() if k not in _PLAIN}}
+    base = _split(parent, owner, entry, fetch) if parent else _whole_split(name, owner, entry, fetch)
+    pairs = tuple(p for p in base.pairs if p.stem not in out) if parent else base.pairs
+    extra = {**base.extra, **{k: v for k, v in stated.items() if k not in _PLAIN}}
     return Split(
-        name, owner, folder, None if stated["count"] == "unknown" else stated["count"],
-        stated.get("counted_by"), pairs, stated.get("about", ""), parent, out, MappingProxyType(extra),
+        name, owner, base.folder,
+        count=None if stated["count"] == "unknown" else stated["count"],
+        counted_by=stated.get("counted_by"), pairs=pairs, about=stated.get("about", ""),
+        of=parent, leave_out=out, extra=MappingProxyType(extra),
     )
 
 # %% ../../nbs/03_data/04_registry.ipynb #c7403b2b
 REGISTRY = Path(smfnet.__file__).with_name("data_sets.json")
 
-# %% ../../nbs/03_data/04_registry.ipynb #3506b426
 @functools.cache
 def registry() -> MappingProxyType:  # name -> DataSet, in the order of the file
     "All data sets that the package knows."
@@ -176,7 +169,7 @@ def _plain_name(name: str) -> str:
 
 # %% ../../nbs/03_data/04_registry.ipynb #71b25b57
 def find_set(
-    name: str | DataSet,  # upper or lower case, with or without hyphens; "Harvard/MRI-CT" is MRI-CT; a `DataSet` is itself
+    name: str | DataSet,  # in any case, with or without hyphens, also "Harvard/MRI-CT"; or a set itself
 ) -> DataSet:
     "A data set by its name; `InputError` lists the names."
     if isinstance(name, DataSet): return name
@@ -211,10 +204,8 @@ def locate(
     "Find a split on this machine."
     if split.folder is None: return None
     marker = split.extra.get("list", split.extra.get("packed"))
-    places = (
-        r for r in data_roots(root) if (r / split.folder / marker if marker else r / split.folder).exists()
-    )
-    return next(places, None)
+    wanted = f"{split.folder}/{marker}" if marker else split.folder
+    return next((r for r in data_roots(root) if (r / wanted).exists()), None)
 
 # %% ../../nbs/03_data/04_registry.ipynb #f894a2c3
 def pin_folder(
@@ -234,6 +225,7 @@ def pin_folder(
 
 # %% ../../nbs/03_data/04_registry.ipynb #d52b3e25
 def _pin_split(owner: str, root: Path, name: str, url: str) -> Split:
+    "A split as its files are now."
     folder = f"{owner}/{name}"
     found = find_pairs(ir=root / folder / "ir", vis=root / folder / "vi")
     if found.problems:

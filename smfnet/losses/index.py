@@ -9,7 +9,7 @@ __all__ = ['EQUATIONS', 'Row', 'Section', 'heading_equations', 'docstring_equati
 import ast
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,22 +23,30 @@ class Row(NamedTuple):
     function: str  # name that the notebook exports
     test: str  # function in tests/losses/test_losses.py
 
+# %% ../../nbs/02_losses/06_index.ipynb #7c10f001
 _R, _I, _S, _D, _T = "01_reconstruction", "02_intensity", "03_semantic", "04_decomposition", "05_stages"
 EQUATIONS = (
     Row(17, _R, "spatial_gradient_l1", "test_eq17_outer_gradient"),
-    Row(17, _T, "stage1_loss", "test_eq17_total"), Row(18, _R, "dssim", "test_eq18_19_structure"),
+    Row(17, _T, "stage1_loss", "test_eq17_total"),
+    Row(18, _R, "dssim", "test_eq18_19_structure"),
     Row(18, _R, "sobel_l1", "test_eq18_19_edges"),
     Row(18, _T, "reconstruction_vis", "test_eq18_reconstruction_vis"),
     Row(19, _R, "dssim", "test_eq18_19_structure"),
     Row(19, _R, "sobel_l1", "test_eq18_19_edges"),
     Row(19, _T, "reconstruction_ir", "test_eq19_reconstruction_ir"),
-    Row(20, _I, "gram_mse", "test_eq20_gram"), Row(20, _I, "gram_distance", "test_eq20_gram"),
-    Row(21, _S, "jaccard_distance", "test_eq21_jaccard"), Row(22, _S, "class_errors", "test_eq22_errors"),
+    Row(20, _I, "gram_mse", "test_eq20_gram"),
+    Row(20, _I, "gram_distance", "test_eq20_gram"),
+    Row(21, _S, "jaccard_distance", "test_eq21_jaccard"),
+    Row(22, _S, "class_errors", "test_eq22_errors"),
     Row(23, _S, "lovasz", "test_eq23_extension"),
-    Row(24, _S, "jaccard_steps", "test_eq24_25_steps"), Row(25, _S, "jaccard_steps", "test_eq24_25_steps"),
-    Row(26, _D, "cc", "test_correlation"), Row(26, _D, "decomposition_stage1", "test_eq26_stage1"),
-    Row(27, _D, "cc", "test_correlation"), Row(27, _D, "decomposition_stage2", "test_eq27_stage2"),
-    Row(28, _T, "stage2_loss", "test_eq28_total"), Row(29, _T, "fusion_intensity", "test_eq29_intensity"),
+    Row(24, _S, "jaccard_steps", "test_eq24_25_steps"),
+    Row(25, _S, "jaccard_steps", "test_eq24_25_steps"),
+    Row(26, _D, "cc", "test_correlation"),
+    Row(26, _D, "decomposition_stage1", "test_eq26_stage1"),
+    Row(27, _D, "cc", "test_correlation"),
+    Row(27, _D, "decomposition_stage2", "test_eq27_stage2"),
+    Row(28, _T, "stage2_loss", "test_eq28_total"),
+    Row(29, _T, "fusion_intensity", "test_eq29_intensity"),
     Row(30, _T, "fusion_gradient", "test_eq30_gradient"),
 )
 
@@ -49,8 +57,8 @@ class Section:
     heading: str  # the heading's line
     equations: tuple[int, ...]  # numbers in the heading
     latex: bool = False  # a displayed equation is there
-    functions: dict | None = None  # name -> (cell number, docstring) of what exported cells define
-    lessons: tuple[int, ...] = ()  # numbers of lesson cells with an assertion
+    functions: dict[str, tuple[int, str]] = field(default_factory=dict)  # name -> (cell number, docstring)
+    lessons: dict[int, set[str]] = field(default_factory=dict)  # cell with an assertion -> names that it uses
 
 # %% ../../nbs/02_losses/06_index.ipynb #c7792fe9
 def heading_equations(
@@ -72,26 +80,32 @@ def docstring_equations(
     return found
 
 # %% ../../nbs/02_losses/06_index.ipynb #e43c5750
+def _names(tree: ast.AST) -> set[str]:
+    "Names and attributes that code uses."
+    found = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    return found | {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+
 def _checks_something(tree: ast.AST) -> bool:
     "Whether code has an assert statement or calls assert_close and the like."
-    names = [
-        n.attr if isinstance(n, ast.Attribute) else n.id
-        for n in ast.walk(tree)
-        if isinstance(n, (ast.Attribute, ast.Name))
-    ]
-    return any(isinstance(n, ast.Assert) for n in ast.walk(tree)) or any(
-        n.startswith("assert_") for n in names
-    )
+    asserts = any(isinstance(n, ast.Assert) for n in ast.walk(tree))
+    return asserts or any(name.startswith("assert_") for name in _names(tree))
 
 # %% ../../nbs/02_losses/06_index.ipynb #66274ae5
 def _add_code(section: Section, number: int, source: str) -> None:
+    "Add what an exported cell defines or a lesson cell checks."
     tree = ast.parse(source)
     if source.startswith("#| export"):
         for node in tree.body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 section.functions[node.name] = (number, ast.get_docstring(node) or "")
     elif _checks_something(tree):
-        section.lessons += (number,)
+        section.lessons[number] = _names(tree)
+
+def _opens_section(line: str, current: Section) -> bool:
+    "Whether a line is a heading that begins another section."
+    if not re.match(r"#+ ", line): return False
+    depth, above = (len(text) - len(text.lstrip("#")) for text in (line, current.heading))
+    return bool(heading_equations(line)) or not current.equations or depth <= above
 
 # %% ../../nbs/02_losses/06_index.ipynb #bdcc6bf2
 def sections(
@@ -100,37 +114,46 @@ def sections(
     "Cut a notebook at its headings."
     try: cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise InputError(
-            f"{path}: not a readable notebook ({e}); run this from a checkout with its nbs folder"
-        ) from e
-    out = [Section("", (), functions={})]
+        hint = "run this from a checkout with its nbs folder"
+        raise InputError(f"{path}: not a readable notebook ({e}); {hint}") from e
+    out = [Section("", ())]
     for number, cell in enumerate(cells):
         source = "".join(cell["source"])
         if cell["cell_type"] == "code":
             _add_code(out[-1], number, source)
             continue
         for line in source.splitlines():
-            if re.match(r"#+ ", line): out.append(Section(line, heading_equations(line), functions={}))
+            if _opens_section(line, out[-1]): out.append(Section(line, heading_equations(line)))
             out[-1].latex |= "$$" in line
     return out
 
 # %% ../../nbs/02_losses/06_index.ipynb #aaf41881
-def _check_row(row: Row, parts: list[Section], tests: dict[str, ast.FunctionDef]) -> list[str]:
-    where = f"eq {row.equation}, {row.notebook}, {row.function}"
-    section = next((s for s in parts if row.equation in s.equations and row.function in s.functions), None)
-    if section is None: return [f"{where}: no section with Eq. ({row.equation}) in its heading exports it"]
+def _section_of(row: Row, parts: list[Section]) -> Section | None:
+    "The section of a row's equation that exports its function."
+    return next((s for s in parts if row.equation in s.equations and row.function in s.functions), None)
+
+def _check_section(row: Row, section: Section) -> list[str]:
+    "What a section lacks: equation, docstring, lesson."
     number, doc = section.functions[row.function]
+    lessons = [n for n, names in section.lessons.items() if n > number and row.function in names]
     found = []
-    if not section.latex: found.append(f"{where}: the section has no displayed equation")
+    if not section.latex: found.append("the section has no displayed equation")
     if row.equation not in docstring_equations(doc):
-        found.append(f"{where}: the docstring does not name eq {row.equation}")
-    if not any(n > number for n in section.lessons):
-        found.append(f"{where}: no lesson cell with an assertion follows")
-    test = tests.get(row.test)
-    if test is None: found.append(f"{where}: test {row.test} does not exist")
-    elif not _checks_something(test) or row.function not in {n.id for n in ast.walk(test) if isinstance(n, ast.Name)}:
-        found.append(f"{where}: test {row.test} does not check it")
+        found.append(f"the docstring does not name eq {row.equation}")
+    if not lessons: found.append("no lesson cell with an assertion follows")
     return found
+
+# %% ../../nbs/02_losses/06_index.ipynb #7c10f004
+def _check_row(row: Row, parts: list[Section], tests: dict[str, ast.FunctionDef]) -> list[str]:
+    "What is wrong with a row of the index."
+    section, test = _section_of(row, parts), tests.get(row.test)
+    if section is None: found = [f"no section with Eq. ({row.equation}) in its heading exports it"]
+    else:
+        found = _check_section(row, section)
+        if test is None: found.append(f"test {row.test} does not exist")
+        elif not _checks_something(test) or row.function not in _names(test):
+            found.append(f"test {row.test} does not check it")
+    return [f"eq {row.equation}, {row.notebook}, {row.function}: {problem}" for problem in found]
 
 # %% ../../nbs/02_losses/06_index.ipynb #64edacf0
 def check_index(
@@ -141,19 +164,13 @@ def check_index(
     notebooks = {p.stem: sections(p) for p in sorted((Path(root) / "nbs" / "02_losses").glob("*.ipynb"))}
     tree = ast.parse((Path(root) / "tests" / "losses" / "test_losses.py").read_text(encoding="utf-8"))
     tests = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef)}
-    found = [
-        f"equation {n} is missing from the index"
-        for n in range(17, 31)
-        if n not in {r.equation for r in rows}
-    ]
+    absent = sorted(set(range(17, 31)) - {r.equation for r in rows})
+    found = [f"equation {n} is missing from the index" for n in absent]
     known = {(r.equation, r.notebook) for r in rows}
     for stem, parts in notebooks.items():
-        found += [
-            f"{stem}: heading {s.heading!r} has no row for eq {n}"
-            for s in parts
-            for n in s.equations
-            if (n, stem) not in known
-        ]
+        for s in parts:
+            unknown = [n for n in s.equations if (n, stem) not in known]
+            found += [f"{stem}: heading {s.heading!r} has no row for eq {n}" for n in unknown]
     return found + [f for row in rows for f in _check_row(row, notebooks.get(row.notebook, []), tests)]
 
 # %% ../../nbs/02_losses/06_index.ipynb #3e08b0e5
@@ -165,19 +182,12 @@ def locate(
     out = []
     for row in rows:
         parts = sections(Path(root) / "nbs" / "02_losses" / f"{row.notebook}.ipynb")
-        section = next(
-            (s for s in parts if row.equation in s.equations and row.function in s.functions), None
-        )
+        section = _section_of(row, parts)
         if section is None:
-            raise InputError(
-                f"eq {row.equation}: {row.notebook} has no such section; run check_index for all findings"
-            )
-        out.append(
-            {
-                "equation": row.equation,
-                "notebook": row.notebook,
-                "section": section.heading.lstrip("# "),
-                "cell": section.functions[row.function][0], "function": row.function, "test": row.test,
-            }
-        )
+            problem = f"eq {row.equation}: {row.notebook} has no such section"
+            raise InputError(f"{problem}; run check_index for all findings")
+        out.append({
+            "equation": row.equation, "notebook": row.notebook, "section": section.heading.lstrip("# "),
+            "cell": section.functions[row.function][0], "function": row.function, "test": row.test,
+        })
     return out

@@ -42,13 +42,11 @@ def check_same(
             found = f"{t.dtype} {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
             raise InputError(f"{name}: expected a floating-point B×C×H×W tensor, found {found}")
     if x.shape != y.shape:
-        raise InputError(
-            f"{names[0]} {tuple(x.shape)} and {names[1]} {tuple(y.shape)} differ; losses compare tensors of one shape"
-        )
+        both = f"{names[0]} {tuple(x.shape)} and {names[1]} {tuple(y.shape)}"
+        raise InputError(f"{both} differ; losses compare tensors of one shape")
     if min(x.shape[-2:]) < min_side:
-        raise InputError(
-            f"{names[0]}: {x.shape[-2]}×{x.shape[-1]} is too small; both sides need at least {min_side} pixels"
-        )
+        size = f"{x.shape[-2]}×{x.shape[-1]}"
+        raise InputError(f"{names[0]}: {size} is too small; both sides need at least {min_side} pixels")
 
 # %% ../../nbs/02_losses/01_reconstruction.ipynb #de43748e
 def ssim_map(
@@ -74,7 +72,6 @@ def dssim(
 # %% ../../nbs/02_losses/01_reconstruction.ipynb #2c80ef75
 _SOBEL_X = ((-1.0, 0.0, 1.0), (-2.0, 0.0, 2.0), (-1.0, 0.0, 1.0))
 
-# %% ../../nbs/02_losses/01_reconstruction.ipynb #284f049d
 def sobel(
     x: Tensor,  # B×C×H×W
 ) -> Tensor:  # B×C×H×W, not negative
@@ -98,6 +95,6 @@ def spatial_gradient_l1(
     x: Tensor,  # B×C×H×W, [0,1]
     y: Tensor,  # B×C×H×W, [0,1]
 ) -> Tensor:  # scalar
-    "Mean absolute difference of signed first-order Sobel maps (/8, replicated borders), the outer L_grad of eq 17."
+    "Mean absolute difference of signed Sobel maps (/8, replicated borders), the outer L_grad of eq 17."
     check_same(x, y)
     return (spatial_gradient(x) - spatial_gradient(y)).abs().mean()

@@ -96,7 +96,7 @@ def ordered_scores(
 def foreground_threshold(
     x: Tensor,  # B×1×H×W, [0,1]
 ) -> Tensor:  # B×1×1×1
-    "Robust threshold of each image: median + 1.4826 · median absolute deviation (one sigma for Gaussian noise)."
+    "Robust threshold of each image: median + 1.4826 · median absolute deviation."
     flat = x.flatten(1)
     median = flat.median(1, keepdim=True).values
     mad = (flat - median).abs().median(1, keepdim=True).values
@@ -109,9 +109,8 @@ def _released(x_hat, x):
     return lovasz_softmax(torch.softmax(x_hat, dim=1), torch.where(x[:, 0] == 0, 0, -1), per_image=False)
 
 def _ordered(x_hat, x, classes, softness, per_image):
-    return lovasz_softmax(
-        ordered_scores(x_hat, classes, softness), ordered_labels(x, classes), per_image=per_image
-    )
+    scores, labels = ordered_scores(x_hat, classes, softness), ordered_labels(x, classes)
+    return lovasz_softmax(scores, labels, per_image=per_image)
 
 # %% ../../nbs/02_losses/03_semantic.ipynb #ee7a11be
 def _foreground(x_hat, x, width, per_image):
@@ -129,7 +128,7 @@ def semantic_loss(
     classes: int = 12,  # K of "ordered_classes"
     softness: float = 1.0,  # of "ordered_classes", in class widths
     width: float = 0.05,  # of "foreground": grey values over which the mask fades
-    per_image: bool = True,  # rank pixels within each image (independent of the batch) or over the whole batch
+    per_image: bool = True,  # rank pixels within each image; False: over the whole batch
 ) -> Tensor:  # scalar, [0,1]
     "Semantic loss L_semantic of eqs 21-25 between a reconstruction and its source."
     check_choice("variant", variant)
@@ -137,7 +136,8 @@ def semantic_loss(
     check_same(x_hat, x, names=("x_hat", "x"))
     if x.shape[1] != 1 or classes < 2 or softness <= 0 or width <= 0:
         raise InputError(
-            f"semantic_loss needs one channel, classes ≥ 2, softness > 0, width > 0; found C={x.shape[1]}, {classes}, {softness}, {width}"
+            "semantic_loss needs one channel, classes ≥ 2, softness > 0, width > 0; "
+            f"found C={x.shape[1]}, {classes}, {softness}, {width}"
         )
     if variant == "released": return _released(x_hat, x)
     if reading == "foreground": return _foreground(x_hat, x, width, per_image)

@@ -21,7 +21,7 @@ from matplotlib.patches import Rectangle
 
 from ..core.checks import InputError
 from ..data.pairs import Boxes
-from ..data.scenes import M3FD_CLASSES
+from ..data.classes import M3FD_CLASSES
 from .detection import Detections, limited, match
 from .results import in_turn, prediction_folder, result_folders
 from .samples import Samples

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core.checks import InputError
 from ..data.images import list_images, read_pixels, ycbcr_to_rgb
 from ..data.pairs import Boxes, PairSet
-from ..data.scenes import M3FD_CLASSES, MFNET_CLASSES
+from ..data.classes import M3FD_CLASSES, MFNET_CLASSES
 
 # %% ../../nbs/08_tasks/01_samples.ipynb #39b7fbf3
 SOURCES = ("infrared", "visible", "stacked")  # inputs that need no fused images

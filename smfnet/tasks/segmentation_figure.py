@@ -19,8 +19,8 @@ from matplotlib.patches import Patch
 
 from ..core.checks import InputError
 from ..data.pairs import read_mask
-from ..data.scenes import MFNET_CLASSES, MFNET_PALETTE
-from .results import in_turn, prediction_folder, result_folders
+from ..data.classes import MFNET_CLASSES, MFNET_PALETTE
+from .results import in_turn, result_folders
 from .samples import Samples
 from .segmentation import IGNORE
 
@@ -84,10 +84,9 @@ def read_predictions(
     classes: Sequence[str] = MFNET_CLASSES,  # names
 ) -> dict[str, dict[str, np.ndarray]]:  # input -> stem -> H×W uint8
     "Predicted masks by input; `InputError` names a result or scene that is missing, and results under other conditions."
-    found = result_folders(folders, "segmentation")
-    places = {name: prediction_folder(folder) for name, folder in found.items()}
     return {
-        name: {s: read_mask(place / f"{s}.png", classes=classes) for s in stems} for name, place in places.items()
+        name: {s: read_mask(folder / "predictions" / f"{s}.png", classes=classes) for s in stems}
+        for name, folder in result_folders(folders, "segmentation").items()
     }
 
 # %% ../../nbs/08_tasks/07_segmentation_figure.ipynb #61f2322c

@@ -17,7 +17,7 @@ from smfnet.data.images import read_pixels, write_image
 from smfnet.data.pairs import get_pairs
 from smfnet.data.patches import ROADSCENE_SAME_SCENE
 from smfnet.data.registry import data_roots, find_set, locate, registry
-from smfnet.data.scenes import M3FD_CLASSES
+from smfnet.data.classes import M3FD_CLASSES
 
 README_COUNTS = {
     ("TNO", "test"): 25,

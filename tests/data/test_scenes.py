@@ -13,17 +13,8 @@ from PIL import Image
 from scipy import ndimage
 
 from smfnet.core.checks import InputError
-from smfnet.data.scenes import (
-    KINDS,
-    M3FD_CLASSES,
-    MFNET_CLASSES,
-    MFNET_PALETTE,
-    PERSON,
-    overlay,
-    render_scene,
-    render_set,
-    write_scenes,
-)
+from smfnet.data.classes import M3FD_CLASSES, MFNET_CLASSES, MFNET_PALETTE, PERSON
+from smfnet.data.scenes import KINDS, overlay, render_scene, render_set, write_scenes
 
 SMALL = (96, 128)
 DIGEST = """

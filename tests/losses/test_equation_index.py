@@ -52,8 +52,8 @@ def test_markers():
 @pytest.fixture
 def copy(tmp_path):
     shutil.copytree(ROOT / "nbs" / "02_losses", tmp_path / "nbs" / "02_losses")
-    (tmp_path / "tests").mkdir()
-    shutil.copy(ROOT / "tests" / "test_losses.py", tmp_path / "tests")
+    (tmp_path / "tests" / "losses").mkdir(parents=True)
+    shutil.copy(ROOT / "tests" / "losses" / "test_losses.py", tmp_path / "tests" / "losses")
     return tmp_path
 
 
@@ -83,6 +83,7 @@ def edit(root, stem, old, new):
         ),
         ("05_stages", "$$", "", "no displayed equation"),
         ("04_decomposition", "assert", "_ =", "no lesson cell"),
+        ("02_intensity", "gram_mse(half", "gram_distance(half", "gram_mse: no lesson cell"),
     ],
 )
 def test_damaged_notebook_is_reported(copy, stem, old, new, finding):
@@ -92,7 +93,7 @@ def test_damaged_notebook_is_reported(copy, stem, old, new, finding):
 
 
 def test_damaged_tests_are_reported(copy):
-    path = copy / "tests" / "test_losses.py"
+    path = copy / "tests" / "losses" / "test_losses.py"
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace("def test_eq21_jaccard(", "def test_jaccard("), encoding="utf-8")
     assert any("test_eq21_jaccard does not exist" in f for f in check_index(copy))
@@ -111,6 +112,38 @@ def test_missing_row_is_reported():
     assert "equation 29 is missing from the index" in findings and any(
         "no row for eq 29" in f for f in findings
     )
+
+
+def notebook_of(path, *cells):
+    "A notebook file with (kind, source) cells."
+    made = [{"cell_type": kind, "metadata": {}, "source": source} for kind, source in cells]
+    path.write_text(json.dumps({"cells": made}), encoding="utf-8")
+    return path
+
+
+def test_section_with_several_exported_cells(tmp_path):
+    """Functions of all exported cells belong to the section, as do lessons below smaller headings."""
+    first, second = (f'#| export\ndef {name}(x):\n    "eq 20"\n    return x' for name in ("f", "g"))
+    path = notebook_of(
+        tmp_path / "many.ipynb",
+        ("markdown", "## Two: Eq. (20)\n\n$$x$$"),
+        ("code", first),
+        ("markdown", "A sentence."),
+        ("code", second),
+        ("markdown", "### By hand"),
+        ("code", "assert g(1) == 1"),
+        ("markdown", "## Another"),
+        ("code", "assert f(1) == 1"),
+    )
+    section, other = sections(path)[1:]
+    assert set(section.functions) == {"f", "g"} and section.latex
+    assert section.lessons == {5: {"g"}}
+    assert other.heading == "## Another" and other.lessons == {7: {"f"}}
+
+
+def test_heading_with_an_equation_opens_a_section_at_any_depth(tmp_path):
+    path = notebook_of(tmp_path / "deep.ipynb", ("markdown", "## Outer: Eq. (20)\n### Inner: Eq. (21)"))
+    assert [s.equations for s in sections(path)] == [(), (20,), (21,)]
 
 
 def test_unreadable_notebook_is_an_input_error(tmp_path):

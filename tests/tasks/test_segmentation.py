@@ -13,7 +13,8 @@ from datasets_toys import png, scenes
 from PIL import Image
 
 from smfnet.core.checks import InputError
-from smfnet.data.scenes import MFNET_CLASSES, write_scenes
+from smfnet.data.classes import MFNET_CLASSES
+from smfnet.data.scenes import write_scenes
 
 if importlib.util.find_spec("transformers") is None:
     pytest.skip("the extra 'downstream' is not installed", allow_module_level=True)
