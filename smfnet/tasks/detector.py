@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.checks import InputError
-from ..data.scenes import M3FD_CLASSES
+from ..data.classes import M3FD_CLASSES
 from .detection_scores import Detections
 from .loop import TaskNetwork, change, load_backbone
 

@@ -13,11 +13,11 @@ from smfnet.core.checks import InputError
 from smfnet.core.provenance import sha256
 from smfnet.data import acquire
 from smfnet.data.acquire import add, unpack, verify
+from smfnet.data.classes import M3FD_CLASSES
 from smfnet.data.images import read_pixels, write_image
 from smfnet.data.pairs import get_pairs
 from smfnet.data.patches import ROADSCENE_SAME_SCENE
 from smfnet.data.registry import data_roots, find_set, locate, registry
-from smfnet.data.classes import M3FD_CLASSES
 
 README_COUNTS = {
     ("TNO", "test"): 25,
