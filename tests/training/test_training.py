@@ -762,7 +762,7 @@ def test_train_notebook_fails_continues_and_shows(tmp_path, train_scenes, proces
 
 
 def test_train_notebook_is_determined_by_its_parameters(tmp_path, train_scenes):
-    """The same parameters give the same weights, byte for byte, also after a stop by the clock.
+    """The same parameters give the same weights, byte for byte, also after a stop on the way.
 
     One machine, one thread: every sum is formed in the same order. Each run is a process of its own. Progress
     is one line, as there is no terminal.
@@ -773,8 +773,7 @@ def test_train_notebook_is_determined_by_its_parameters(tmp_path, train_scenes):
     text = "".join("".join(o["text"]) for o in outputs if o["output_type"] == "stream")
     assert re.search(r"\b7 steps, .* stopped as asked", text)
     assert text.count("train: stage 1, step 7 of 7, loss") == 1
-    outputs = run_train(tmp_path / "stopped", **params, budget_minutes=1e-9)
-    assert any("0 steps" in "".join(o.get("text", "")) for o in outputs)
+    run_train(tmp_path / "stopped", **{**params, "steps": 3})
     run_train(tmp_path / "stopped", **params)
     one, two = (tmp_path / name / "weights.safetensors" for name in ("straight", "stopped"))
     assert one.read_bytes() == two.read_bytes()
