@@ -1,9 +1,9 @@
 """Time the loading of training patches from a set's files: `python -m bench.loading --help`.
 
-Each row is one way of loading, in a process of its own: decoding anew for every patch, with a memory that holds the
-whole set, and in the training process instead of workers. What counts is pairs of patches a second, from the moment
-the loader is asked to the last batch, after one batch that starts the workers. The consumer does nothing, so this is
-what the loader can deliver, not what a training would take.
+Each row is one way of loading, in a process of its own: decoding anew for every patch, with a memory that
+holds the whole set, and in the training process instead of workers. What counts is pairs of patches a second,
+from the moment the loader is asked to the last batch, after one batch that starts the workers. The consumer
+does nothing, so this is what the loader can deliver, not what a training would take.
 """
 
 from __future__ import annotations
@@ -85,12 +85,17 @@ def _row(args, workers: int, memory: int) -> dict:
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        return {
-            "failed": done.stderr.strip().splitlines()[-1]
-            if done.stderr.strip()
-            else f"exit {done.returncode}"
-        }
+        said = done.stderr.strip().splitlines()
+        return {"failed": said[-1] if said else f"exit {done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _line(r: dict) -> str:
+    "A row for people."
+    if "failed" in r:
+        return f"failed: {r['failed']}"
+    speed = f"{r['pairs_per_second']:8.0f} pairs/s   first epoch {r['first_epoch']:6.0f} pairs/s"
+    return f"{speed}   {r['patches']} patches, listed in {r['setup_s']:.1f} s"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,22 +126,14 @@ def main(argv: list[str] | None = None) -> int:
         for w in dict.fromkeys((0, args.workers))
     }
     for way, r in results.items():
-        print(
-            f"{way:36} "
-            + (
-                f"failed: {r['failed']}"
-                if "failed" in r
-                else f"{r['pairs_per_second']:8.0f} pairs/s   first epoch {r['first_epoch']:6.0f} pairs/s   {r['patches']} patches, listed in {r['setup_s']:.1f} s"
-            )
-        )
+        print(f"{way:36} {_line(r)}")
     reached = all(
         r.get("first_epoch", 0) >= NEEDED
         for way, r in results.items()
         if way.endswith(f"{args.workers} workers")
     )
-    print(
-        f"{NEEDED} pairs/s with {args.workers} workers, also in the first epoch: {'reached' if reached else 'not reached'}"
-    )
+    verdict = "reached" if reached else "not reached"
+    print(f"{NEEDED} pairs/s with {args.workers} workers, also in the first epoch: {verdict}")
     if args.json:
         from smfnet.core.provenance import environment, git_revision, write_json
 

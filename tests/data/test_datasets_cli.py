@@ -70,6 +70,10 @@ def test_check(tmp_path, capsys):
 
 
 def test_help_needs_no_torch():
-    code = "import sys; from smfnet.cli import main\ntry: main(['data', 'list', '--help'])\nfinally: print('torch' in sys.modules)"
+    code = (
+        "import sys; from smfnet.cli import main\n"
+        "try: main(['data', 'list', '--help'])\n"
+        "finally: print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip().endswith("False")

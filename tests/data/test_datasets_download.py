@@ -197,7 +197,7 @@ def test_what_is_in_the_shared_place_is_not_fetched(toy, site, tmp_path, monkeyp
 
 
 def test_interrupted_from_the_keyboard(toy, site, tmp_path, monkeypatch):  # noqa: F811
-    """Nothing is installed, and what was checked is not fetched again; the rest of a killed download never reaches the set."""
+    """Nothing is installed, what was checked is not fetched again, and partial files never reach the set."""
     real_fetch, count = acquire._fetch, []
 
     def interrupted(*args):

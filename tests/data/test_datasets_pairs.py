@@ -29,7 +29,7 @@ def equal(a, b) -> bool:
     return len(a) == len(b) > 0 and all(torch.equal(x[k], y[k]) for x, y in zip(a, b) for k in ("ir", "vis"))
 
 
-# --- laziness -----------------------------------------------------------------------------------------------------------
+# --- laziness -------------------------------------------------------------------------------------
 
 
 def test_nothing_is_decoded_before_it_is_asked_for(folder, monkeypatch):
@@ -114,7 +114,7 @@ def test_masks(tmp_path):
         read_mask(tmp_path / "c.png", classes=["a"])
 
 
-# --- patches ----------------------------------------------------------------------------------------------------------------
+# --- patches --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
@@ -150,7 +150,7 @@ def test_shares_of_two_processes_make_the_batch(folder):
 
 
 def test_real_patches(real):  # noqa: F811
-    """RoadScene's scene-disjoint part, lazily and with a small memory, gives the patches of pairs in memory."""
+    """RoadScene's scene-disjoint part, read lazily with a small memory, gives the patches of loaded pairs."""
     few = dict(patch=128, stride=128)
     keep = set(get_pairs("RoadScene", "train-disjoint", root=real).stems[:12])
     out = [s for s in get_pairs("RoadScene", "train", root=real).stems if s not in keep]
@@ -159,7 +159,7 @@ def test_real_patches(real):  # noqa: F811
     assert eager.fingerprint() == lazy.fingerprint()
 
 
-# --- the checker ------------------------------------------------------------------------------------------------------------
+# --- the checker ----------------------------------------------------------------------------------
 
 
 def test_checker_finds_a_known_shift(tmp_path):

@@ -17,7 +17,7 @@ from smfnet.data.classes import M3FD_CLASSES
 from smfnet.data.images import read_pixels, write_image
 from smfnet.data.pairs import get_pairs
 from smfnet.data.patches import ROADSCENE_SAME_SCENE
-from smfnet.data.registry import data_roots, find_set, locate, registry
+from smfnet.data.registry import REGISTRY, data_roots, find_set, locate, registry
 
 README_COUNTS = {
     ("TNO", "test"): 25,
@@ -33,7 +33,7 @@ README_COUNTS = {
 }
 
 
-# --- the registry ---------------------------------------------------------------------------------------------------
+# --- the registry ---------------------------------------------------------------------------------
 
 
 def test_counts():
@@ -53,8 +53,7 @@ def test_one_list_of_same_scene_frames():
 
 
 def test_file_is_small_and_has_only_https_homes_of_the_sets():
-    path = Path(acquire.__file__).with_name("data_sets.json")
-    assert path.stat().st_size < 1_500_000
+    assert REGISTRY.stat().st_size < 1_500_000
     for d in registry().values():
         for f in (f for s in d.splits.values() for f in s.files):
             assert f.url.startswith(acquire.FETCHED_FROM + "/") and " " not in f.url and f.bytes < 2_000_000
@@ -70,7 +69,7 @@ def test_splits_share_no_bytes():
 
 
 def test_splits_share_no_pixels(real):  # noqa: F811
-    """By the decoded images: the same picture stored as grey or as RGB, with other settings of the encoder, is found too."""
+    """By the decoded images: the same picture as grey or as RGB, or encoded otherwise, is found too."""
     seen: dict[bytes, tuple] = {}
     for part in ("test", "train"):
         for d in registry().values():
@@ -114,7 +113,7 @@ def test_real_set_goes_through_an_archive(real, tmp_path):  # noqa: F811
     assert verify("TNO", root=tmp_path / "data").ok
 
 
-# --- places -----------------------------------------------------------------------------------------------------------
+# --- places ---------------------------------------------------------------------------------------
 
 
 def test_places(tmp_path, monkeypatch):
@@ -138,10 +137,14 @@ def test_writing_goes_to_data(tmp_path, monkeypatch):
     assert (tmp_path / "data/MFNet/images").is_dir() and not (tmp_path / "shared").exists()
 
 
-# --- the layouts of sets that are not at hand ---------------------------------------------------------------------------
+# --- the layouts of sets that are not at hand -----------------------------------------------------
 
 VOC = "<annotation><filename>x</filename>{}</annotation>"
-OBJECT = "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
+OBJECT = (
+    "<object><name>{}</name><bndbox>"
+    "<xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax>"
+    "</bndbox></object>"
+)
 
 
 def make_m3fd(folder: Path, *, annotated=True) -> None:
@@ -283,7 +286,7 @@ def test_own_folders(tmp_path):
         get_pairs(ir=tmp_path / "thermal", vis=tmp_path / "colour")
 
 
-# --- partial and wrong sources ------------------------------------------------------------------------------------------
+# --- partial and wrong sources --------------------------------------------------------------------
 
 
 def test_partial_folder_installs_what_is_complete(toy, tmp_path):  # noqa: F811

@@ -34,7 +34,7 @@ def noise(shape, top=256, dtype=np.uint8, seed=0):
 
 
 def plain_tiff(path, data: np.ndarray, bits: int, sample_format: int = 1) -> None:
-    """A little-endian, uncompressed, one-strip grey TIFF of any bit depth; `data` are the packed bytes of the rows."""
+    """A little-endian, uncompressed, one-strip grey TIFF of any bit depth; `data`: packed bytes of rows."""
     height, raw = data.shape[0], data.tobytes()
     width = len(raw) // height * 8 // bits
     tags = [
@@ -55,7 +55,7 @@ def plain_tiff(path, data: np.ndarray, bits: int, sample_format: int = 1) -> Non
     )
 
 
-# --- reading ------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", ["png", "PNG", "bmp", "tif", "TIFF", "webp", "gif", "pgm"])
@@ -253,7 +253,7 @@ def test_not_a_number_is_named(tmp_path):
             read_image(tmp_path / "x.tif", modality="ir")
 
 
-# --- colour and rounding ------------------------------------------------------------------------------------------
+# --- colour and rounding --------------------------------------------------------------------------
 
 
 @settings(max_examples=200, deadline=None)
@@ -304,7 +304,7 @@ def test_ranges(tmp_path):
         read_image(tmp_path / "x.png", modality="nir")
 
 
-# --- pairs of pictures --------------------------------------------------------------------------------------------
+# --- pairs of pictures ----------------------------------------------------------------------------
 
 
 def save(path, array):
@@ -337,7 +337,7 @@ def test_a_range_beside_the_image_is_noticed(tmp_path):
         read_pair(ir=ir, vis=vis, range=(0, 100))
 
 
-# --- writing ------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", [8, 16])
@@ -383,7 +383,7 @@ def test_unwritable_places_and_values(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-# --- finding pairs ------------------------------------------------------------------------------------------------
+# --- finding pairs --------------------------------------------------------------------------------
 
 
 def touch(root, *names):
