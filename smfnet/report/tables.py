@@ -143,11 +143,12 @@ def _ranks(table: pd.DataFrame, column: str, comparable: pd.Series) -> pd.Series
     return groups.rank(ascending=False, method="min").where(groups.transform("count") > 1)
 
 # %% ../../nbs/09_report/04_tables.ipynb #e1381b87
-def _with_ranks(table: pd.DataFrame) -> pd.DataFrame:
+def _with_ranks(table: pd.DataFrame, expected: int | None) -> pd.DataFrame:
     "The table with all columns that rendering needs, differences, and both kinds of ranks."
     wanted = (*table, "printed", "published_note", "protocol", "origin")
     table = table.reindex(columns=list(dict.fromkeys(wanted)))
     table["difference"] = table["measured"] - table["published"]
+    table["n_expected"] = np.nan if expected is None else expected
     table["published_rank"] = _ranks(table, "published", table["published"].notna())
     serious = table["kind"] != "trivial"
     most = table.loc[serious, "n"].max()
@@ -179,8 +180,7 @@ def compare_set(
     table = _join(p, m, list(metrics or _metric_order(p, m)))
     table.insert(0, "set", [*p["set"], *m["set"]][0])
     table.insert(2, "kind", _kinds(table))
-    table["n_expected"] = np.nan if expected is None else expected
-    table = _with_ranks(table)
+    table = _with_ranks(table, expected)
     table["note"] = _remarks(table, notes or {})
     return table.drop(columns=[c for c in ("key", "undefined") if c in table])
 
