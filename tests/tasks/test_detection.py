@@ -14,8 +14,8 @@ from datasets_toys import png, scenes
 from PIL import Image
 
 from smfnet.core.checks import InputError
-from smfnet.data.pairs import Boxes, get_pairs
 from smfnet.data.classes import M3FD_CLASSES
+from smfnet.data.pairs import Boxes, get_pairs
 from smfnet.data.scenes import write_scenes
 
 if any(importlib.util.find_spec(name) is None for name in ("transformers", "monai", "faster_coco_eval")):
