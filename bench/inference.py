@@ -1,20 +1,20 @@
-"""Latency, arithmetic and peak memory of fusion over picture sizes: `make bench`, or `python -m bench.inference --help`.
+"""Latency, arithmetic and peak memory of fusion over picture sizes: `python -m bench.inference --help`.
 
-Implementations, all of the paper's size with the same weights, or of the shipped network with `--preset tiny`:
+Implementations, of the paper's size with the same weights, or of the shipped network with `--preset tiny`:
 
   literal   the untuned second implementation, bench/literal.py (of the paper's size only)
-  network   the network as it is trained, `SMFNet.fuse`
+  network   the network as it is trained, after `prepare_for_training`
   prepared  `prepare_for_inference`, with the memory that is free
   streamed  the same with a budget for the fewest feature maps, three
   onnx      the exported network on ONNX Runtime, if that is installed
 
-Every cell of the table runs in a process of its own under a memory limit, so that peak memory belongs to one
-implementation and one size. Peak memory counts what a pair takes on top of what the process holds after a pair of
-32x32 pixels; weights and what libraries load at their first call are not counted. What does not fit says so; what
-would need a fifth more than the limit, judged by the largest size so far, is left out and says that. What would take
-longer than a minute or so runs with `--slow`.
-The roofline is the rate of a matrix product in the same library, measured in the same call. What stands between it and
-the prepared network is told by the last line, its time by kind of operator.
+`make bench` calls it. Every cell of the table runs in a process of its own under a memory limit, so that
+peak memory belongs to one implementation and one size. Peak memory counts what a pair takes on top of what
+the process holds after a pair of 32x32 pixels; weights and what libraries load at their first call are not
+counted. What does not fit says so; what would need a fifth more than the limit, judged by the largest size
+so far, is left out and says that. What would take longer than a minute or so runs with `--slow`. The
+roofline is the rate of a matrix product in the same library, measured in the same call. What stands between
+it and the prepared network is told by the last line, its time by kind of operator.
 """
 
 from __future__ import annotations
@@ -62,9 +62,10 @@ def _model(name: str, preset: str):
     "The network behind an implementation: with the weights of the literal version, or the shipped one."
     if preset == "paper":
         return _models()["literal" if name == "literal" else "smfnet"].eval()
+    from smfnet.fast.training import prepare_for_training
     from smfnet.network.model import SMFNet
 
-    return SMFNet.from_pretrained(preset)
+    return prepare_for_training(SMFNet.from_pretrained(preset))
 
 
 def _method(name: str, size: str, args):
@@ -125,21 +126,13 @@ def count_cell(name: str, size: str, args) -> dict:
 
 
 def rate_cell(name: str, size: str, args) -> dict:
-    "GFLOP/s of matrix products that stay in the cache: of 4096×256 with 256×256 by oneDNN, of 1024×1024 by the BLAS library."
+    "GFLOP/s of matrix products in the cache: 4096×256 with 256×256 by oneDNN, 1024×1024 by the BLAS library."
     import torch
 
-    x, w, a = (
-        torch.randn(1, 256, 64, 64).contiguous(memory_format=torch.channels_last),
-        torch.randn(256, 256, 1, 1),
-        torch.randn(1024, 1024),
-    )
-    calls = {
-        "onednn": (
-            lambda: torch.mkldnn_convolution(x, w, None, (0, 0), (1, 1), (1, 1), 1),
-            2 * 4096 * 256 * 256,
-        ),
-        "blas": (lambda: a @ a, 2 * 1024**3),
-    }
+    x = torch.randn(1, 256, 64, 64).contiguous(memory_format=torch.channels_last)
+    w, a = torch.randn(256, 256, 1, 1), torch.randn(1024, 1024)
+    by_onednn = lambda: torch.mkldnn_convolution(x, w, None, (0, 0), (1, 1), (1, 1), 1)
+    calls = {"onednn": (by_onednn, 2 * 4096 * 256 * 256), "blas": (lambda: a @ a, 2 * 1024**3)}
     rates = {}
     for library, (call, flop) in calls.items():
         times = []
@@ -242,7 +235,7 @@ def _has_onnx() -> bool:
 
 
 def _memory_guess(name: str, size: str, done: dict) -> tuple[float, str] | None:
-    "Bytes that an implementation without a budget would take, in proportion to its largest size so far, and that size."
+    "Bytes that an implementation without a budget would take, by its largest size so far, and that size."
     cells = [
         (_pixels(s), row[name]["peak_mb"] * 1e6, s)
         for s, row in done.items()
@@ -256,17 +249,13 @@ def _memory_guess(name: str, size: str, done: dict) -> tuple[float, str] | None:
 
 def _cell(name: str, size: str, results: dict, args) -> dict:
     "Run or leave out one cell; add its arithmetic and its distance to the roofline."
-    counts, rate, guess = (
-        results["gflop_per_megapixel"],
-        results["rate"]["gflops"],
-        PRESETS[args.preset] * SECONDS_PER_MEGAPIXEL[name] * _pixels(size) / 1e6,
-    )
+    counts, rate = results["gflop_per_megapixel"], results["rate"]["gflops"]
+    guess = PRESETS[args.preset] * SECONDS_PER_MEGAPIXEL[name] * _pixels(size) / 1e6
     if guess > PATIENCE and not args.slow:
         return {"left out": f"about {guess:.0f} s; --slow runs it"}
     if (memory := _memory_guess(name, size, results["fuse"])) and memory[0] > 1.2 * args.limit:
-        return {
-            "left out": f"would take about {memory[0] / 1e9:.0f} GB, by its peak at {memory[1]}; the limit is {args.limit / 1e9:.1f} GB"
-        }
+        found = f"about {memory[0] / 1e9:.0f} GB, by its peak at {memory[1]}"
+        return {"left out": f"would take {found}; the limit is {args.limit / 1e9:.1f} GB"}
     cell = _run_cell("fuse", name, size, args)
     if "seconds" in cell and name in counts:
         cell["gflop"] = counts[name] * _pixels(size) / 1e6
@@ -313,10 +302,8 @@ def _print_summary(size: str, cells: dict) -> None:
     done = {n: c for n, c in cells.items() if "seconds" in c}
     for n in ("prepared", "streamed"):
         if n in done and "literal" in done:
-            print(
-                f"{size:>9} {n:8} {done['literal']['seconds'] / done[n]['seconds']:.2f} × faster than literal, "
-                f"{done['literal']['peak_mb'] / done[n]['peak_mb']:.2f} × less memory"
-            )
+            faster, less = (done["literal"][key] / done[n][key] for key in ("seconds", "peak_mb"))
+            print(f"{size:>9} {n:8} {faster:.2f} × faster than literal, {less:.2f} × less memory")
     if len(done) > 1:
         print(
             f"{size:>9} largest difference from {next(iter(done))}: "
@@ -414,6 +401,9 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
 def _one_cell(args) -> int:
     import torch
 
+    from smfnet.fast.memory import keep_freed_memory
+
+    keep_freed_memory()  # unless `cell_environment` forbids it
     if args.threads:
         torch.set_num_threads(args.threads)
     kind, name, size = args.cell
@@ -450,10 +440,8 @@ def main(argv: list[str] | None = None) -> int:
         old.unlink()
     rate = _run_cell("rate", "-", "0x0", args)
     if "failed" in rate:
-        print(
-            f"bench: error: a matrix product cannot be timed ({rate['failed']}); repair that or give another --limit",
-            file=sys.stderr,
-        )
+        problem = f"a matrix product cannot be timed ({rate['failed']})"
+        print(f"bench: error: {problem}; repair that or give another --limit", file=sys.stderr)
         return 2
     methods = [
         n
@@ -475,10 +463,9 @@ def main(argv: list[str] | None = None) -> int:
         "gflop_per_megapixel": counts,
         "rate": rate,
     }
-    print(
-        f"{args.preset} network; matrix products: {rate['gflops']:.0f} GFLOP/s on {rate['threads']} threads; memory limit {args.limit / 1e9:.1f} GB",
-        flush=True,
-    )
+    speed = f"{rate['gflops']:.0f} GFLOP/s on {rate['threads']} threads"
+    limit = f"memory limit {args.limit / 1e9:.1f} GB"
+    print(f"{args.preset} network; matrix products: {speed}; {limit}", flush=True)
     _table(results, args)
     if "prepared" in methods:
         results["shares"] = _run_cell("shares", "prepared", "320x240", args)

@@ -1,15 +1,17 @@
 """The network as one would first write it down: the yardstick that every speed figure is measured against.
 
-Literal means: PyTorch modules in eager mode, float32, contiguous B×C×H×W; each modality is encoded in a pass of its
-own; the 1×1 and the dense 3×3 convolution of T2 stay two convolutions; LayerNorm is spelt out as mean and variance;
-attention is reshape, normalise, matrix product, softmax, matrix product; BatchNorm and every activation are modules or
-calls of their own; the nodes of the graph are a Python list; training keeps five Adam optimisers and clips five times.
-It is written from the description of the network alone and shares no code with the package, so that its agreement with
-the package (and of both with the reference activations) means something.
+Literal means: PyTorch modules in eager mode, float32, contiguous B×C×H×W; each modality is encoded in a
+pass of its own; the 1×1 and the dense 3×3 convolution of T2 stay two convolutions; LayerNorm is spelt out
+as mean and variance; attention is reshape, normalise, matrix product, softmax, matrix product; BatchNorm
+and every activation are modules or calls of their own; the nodes of the graph are a Python list; training
+keeps five Adam optimisers and clips five times. It is written from the description of the network alone and
+shares no code with the package, so that its agreement with the package (and of both with the reference
+activations) means something.
 
 **This file is never tuned.** It is only corrected should it be found to compute something wrong.
 
-The default configuration has 2,650,098 learnable parameters (`LIVE_PARAMETERS`), all of them reached by `features`.
+The default configuration has 2,650,098 learnable parameters (`LIVE_PARAMETERS`), all of them reached by
+`features`.
 """
 
 import copy
@@ -53,7 +55,7 @@ def channel_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> T
 
 
 class MDTA(nn.Module):
-    "Self attention of T1 (1×1, then depthwise 3×3) or of T2 (1×1, then dense 3×3: two convolutions, unfolded)."
+    "Self attention of T1 (1×1, then depthwise 3×3) or of T2 (1×1, then dense 3×3: two convolutions)."
 
     def __init__(self, dim: int, heads: int, dense: bool):
         super().__init__()
@@ -384,7 +386,7 @@ class LiteralSMFNet(nn.Module):
         return {name: f[name] for name in ("recon_vis", "recon_ir")}
 
     def flops(self, h: int, w: int) -> int:
-        "Floating-point operations of fusing one h×w pair, 2 per multiply-add of convolutions and matrix products."
+        "Floating-point operations of fusing one h×w pair, 2 a multiply-add of convolutions and products."
         ghost = copy.deepcopy(self).to("meta")
         image = torch.empty(1, 1, h, w, device="meta")
         with FlopCounterMode(display=False) as counter:
@@ -392,7 +394,7 @@ class LiteralSMFNet(nn.Module):
         return counter.get_total_flops()
 
     def load_released(self, state: Mapping[str, Tensor]) -> "LiteralSMFNet":
-        "Load `entry/key` names of the release; other keys than those known to be unused are an error. Evaluation mode."
+        "Load `entry/key` names of the release, in evaluation mode; unknown keys are an error."
         own = {name: released_key(name) for name in self.state_dict()}
         missing = sorted(set(own.values()) - set(state))
         unexpected = sorted(k for k in set(state) - set(own.values()) if not re.match(UNUSED, k))
@@ -485,7 +487,7 @@ def released_key(name: str) -> str:
 
 
 class LiteralTrainer:
-    "Two-stage training as released: an Adam, a step decay and a gradient clip for each of the five sub-networks."
+    "Two-stage training as released: Adam, a step decay and a gradient clip for each of five sub-networks."
 
     STAGES = {
         1: ("encoder", "decoder", "graph"),
@@ -525,7 +527,7 @@ class LiteralTrainer:
         return loss.item()
 
     def end_epoch(self) -> None:
-        "Advance the schedules of the sub-networks that this stage trains, and keep rates at or above the floor."
+        "Advance the schedules of the sub-networks that this stage trains; no rate falls below the floor."
         for name in self.STAGES[self.stage]:
             self.schedules[name].step()
             for group in self.optimisers[name].param_groups:

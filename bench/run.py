@@ -22,10 +22,11 @@ IMPLEMENTATIONS = ("literal", "smfnet")
 
 
 def _models():
-    "Both implementations with the same random weights."
+    "Both implementations with the same random weights, ours prepared for training."
     import torch
 
     from bench.literal import LiteralSMFNet, released_key
+    from smfnet.fast.training import prepare_for_training
     from smfnet.network.released import load_released
 
     torch.manual_seed(7)
@@ -35,7 +36,7 @@ def _models():
             if not p.any():
                 p.fill_(0.1)  # what starts at zero would hide its branch from the comparison
     state = {released_key(k): v for k, v in literal.state_dict().items()}
-    return {"literal": literal, "smfnet": load_released(state, verbose=False)}
+    return {"literal": literal, "smfnet": prepare_for_training(load_released(state, verbose=False))}
 
 
 def _pair(width: int, height: int, batch: int = 1):
@@ -46,7 +47,7 @@ def _pair(width: int, height: int, batch: int = 1):
 
 
 def peak_bytes(reset: bool = False) -> int:
-    "Largest memory that the process has held; on Linux since its start, which `ru_maxrss` is not, or since the last `reset`."
+    "Largest memory that the process has held; on Linux since its start or the last `reset`."
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -54,7 +55,7 @@ def peak_bytes(reset: bool = False) -> int:
         try:
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:
-            pass  # not allowed in some containers; the peak since the start is as good, a model was just loaded
+            pass  # forbidden in some containers; the peak since the start is as good, a model was just loaded
     return next(
         1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")
     )
@@ -65,21 +66,15 @@ def _peak_mb() -> float:
 
 
 def _gflop(call) -> float:
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+    from torch.utils.flop_counter import FlopCounterMode
 
-    def mkldnn(x, w, bias, padding, stride, dilation, groups, *, out_shape, **kwargs):
-        return conv_flop_count(x, w, out_shape)
-
-    with FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten.mkldnn_convolution: mkldnn}
-    ) as counter:
+    with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops() / 1e9
 
 
 def fuse_cell(name: str, size: str, repeats: int) -> dict:
-    "Seconds (best of `repeats`), peak memory and arithmetic of one fused pair; the result is saved for comparison."
+    "Seconds (best of `repeats`), peak memory and arithmetic of one fused pair; the result is saved."
     import torch
 
     model, pair = _models()[name], _pair(*map(int, size.split("x")))
@@ -134,7 +129,7 @@ def _result(name: str, size: str) -> Path:
 
 
 def cell_environment(name: str) -> dict[str, str]:
-    "Environment of a cell's process: the literal version runs without this package's setting of the C library's allocator."
+    "Environment of a cell's process: the literal version runs without our setting of the allocator."
     return {**os.environ, **({"SMFNET_KEEP_MEMORY": "0"} if name == "literal" else {})}
 
 
@@ -186,9 +181,8 @@ def _print_row(kind: str, size: str, cells: dict) -> None:
         print(f"{kind:6} {size:>9} {name:8} {c['seconds']:8.3f} s {c['peak_mb']:8.0f} MB {extra}")
     if all("seconds" in c for c in cells.values()):
         a, b = (cells[n] for n in IMPLEMENTATIONS)
-        print(
-            f"{kind:6} {size:>9} ratio    {a['seconds'] / b['seconds']:8.2f} × faster, {a['peak_mb'] / b['peak_mb']:.2f} × less memory"
-        )
+        faster, less = (a[key] / b[key] for key in ("seconds", "peak_mb"))
+        print(f"{kind:6} {size:>9} ratio    {faster:8.2f} × faster, {less:.2f} × less memory")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -216,6 +210,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.cell:
         import torch
 
+        from smfnet.fast.memory import keep_freed_memory
+
+        keep_freed_memory()  # unless `cell_environment` forbids it
         if args.threads:
             torch.set_num_threads(args.threads)
         kind, name, size = args.cell

@@ -12,5 +12,6 @@ from ..core.front_door import front_door
 __getattr__, __dir__, __all__ = front_door(__name__, {
     "prepare_for_inference": "prepared",
     "Prepared": "prepared",
+    "prepare_for_training": "training",
     "keep_freed_memory": "memory",
 })

@@ -16,7 +16,7 @@ _SETTINGS = {"M_MMAP_THRESHOLD": (-3, 2 ** 30), "M_TRIM_THRESHOLD": (-1, 2 ** 31
 
 @functools.cache
 def keep_freed_memory() -> bool:  # whether the setting is in force
-    "Let the C library keep freed memory for reuse (glibc only; `SMFNET_KEEP_MEMORY=0` prevents it); done once a process."
+    "Let the C library keep freed memory for reuse, once a process; not with `SMFNET_KEEP_MEMORY=0`."
     if os.environ.get("SMFNET_KEEP_MEMORY") == "0" or platform.libc_ver()[0] != "glibc": return False
     mallopt = ctypes.CDLL(None).mallopt
     return all([mallopt(number, value) == 1 for number, value in _SETTINGS.values()])

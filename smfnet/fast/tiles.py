@@ -44,10 +44,8 @@ class Box(NamedTuple):
         plane: Plane,  # size of the picture, where growth ends
     ) -> "Box":
         "The box and its neighbourhood, within the picture."
-        return Box(
-            max(self.top - reach, 0), min(self.bottom + reach, plane[0]), max(self.left - reach, 0),
-            min(self.right + reach, plane[1]),
-        )
+        top, bottom = max(self.top - reach, 0), min(self.bottom + reach, plane[0])
+        return Box(top, bottom, max(self.left - reach, 0), min(self.right + reach, plane[1]))
 
 # %% ../../nbs/04_fast/03_tiles.ipynb #bca827ee
 class Patch(NamedTuple):
@@ -63,10 +61,8 @@ class Patch(NamedTuple):
         "The values on a smaller box."
         if box == self.box: return self
         top, left = self.box.top, self.box.left
-        return Patch(
-            self.data[..., box.top - top : box.bottom - top, box.left - left : box.right - left], box,
-            self.plane,
-        )
+        rows, columns = slice(box.top - top, box.bottom - top), slice(box.left - left, box.right - left)
+        return Patch(self.data[..., rows, columns], box, self.plane)
 
     def of(
         self,
@@ -93,10 +89,8 @@ def _pack(weight: Tensor, dilation: int, groups: int) -> Tensor:
 def fused_convolutions() -> bool:  # whether this PyTorch has them
     "Try oneDNN's fused convolutions on a small example; False if they are missing or compute something else."
     g = torch.Generator().manual_seed(0)
-    x, w = (
-        torch.randn(1, 16, 8, 8, generator=g).contiguous(memory_format=torch.channels_last),
-        torch.randn(16, 16, 3, 3, generator=g),
-    )
+    x = torch.randn(1, 16, 8, 8, generator=g).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(16, 16, 3, 3, generator=g)
     try:
         packed, same = _pack(w, 1, 1), ([1, 1], [1, 1], [1, 1], 1)
         y = torch.ops.mkldnn._convolution_pointwise(x, packed, None, *same, "gelu", [], "none")
@@ -120,9 +114,8 @@ class Convolution:
         groups: int = 1,
         reflect: bool = False,  # reflect at the picture's border instead of zeros
     ):
-        self.weight, self.bias, self.dilation, self.groups, self.reflect = (
-            weight.detach(), bias, dilation, groups, reflect,
-        )
+        self.weight, self.bias = weight.detach(), bias
+        self.dilation, self.groups, self.reflect = dilation, groups, reflect
         self.name, *self.numbers = activation
         self.reach = dilation * (weight.shape[-1] // 2)
         fused = weight.device.type == "cpu" and weight.dtype == torch.float32 and fused_convolutions()
@@ -140,16 +133,17 @@ class Convolution:
 # %% ../../nbs/04_fast/03_tiles.ipynb #25c10c5d
 @patch
 def _padded(self: Convolution, x: Patch) -> tuple[Tensor, list[int], Box]:
-    "The values with what the picture's border demands, the padding left to the library, and the box of the result."
-    r, (h, w), box = self.reach, x.plane, x.box
-    t, b, l, e = (
-        r * at_border for at_border in (box.top == 0, box.bottom == h, box.left == 0, box.right == w)
-    )
-    result = Box(box.top + r - t, box.bottom - r + b, box.left + r - l, box.right - r + e)
-    if not self.reflect and t == b and l == e: return x.data, [t, l], result
-    if t or b or l or e:
-        return F.pad(x.data, (l, e, t, b), mode="reflect" if self.reflect else "constant"), [0, 0], result
-    return x.data, [0, 0], result
+    "The values, padded where the library cannot do it; the padding left to the library; the result's box."
+    reach, box, (height, width) = self.reach, x.box, x.plane
+    top, bottom = reach * (box.top == 0), reach * (box.bottom == height)
+    left, right = reach * (box.left == 0), reach * (box.right == width)
+    rows = box.top + reach - top, box.bottom - reach + bottom
+    result = Box(*rows, box.left + reach - left, box.right - reach + right)
+    if not self.reflect and top == bottom and left == right: return x.data, [top, left], result
+    data = x.data
+    if any((top, bottom, left, right)):
+        data = F.pad(data, (left, right, top, bottom), mode="reflect" if self.reflect else "constant")
+    return data, [0, 0], result
 
 # %% ../../nbs/04_fast/03_tiles.ipynb #d58fe7c1
 @patch
@@ -179,15 +173,14 @@ def _convolve(self: Convolution, x: Tensor, padding: list[int], add: Tensor | No
 # %% ../../nbs/04_fast/03_tiles.ipynb #49e94541
 def _pages(count: int, dtype: torch.dtype) -> Tensor:
     "Memory of its own for `count` numbers, in large pages where the system has them."
-    private = (
-        {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
-    )  # not on Windows
-    try:
-        memory = mmap.mmap(-1, count * dtype.itemsize, **private)
+    private = {}
+    if hasattr(mmap, "MAP_ANONYMOUS"):  # not on Windows
+        private["flags"] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    size = count * dtype.itemsize
+    try: memory = mmap.mmap(-1, size, **private)
     except OSError as e:
-        raise MemoryError(
-            f"{count * dtype.itemsize / 1e9:.1f} GB for a feature map cannot be had ({e.strerror or e})"
-        ) from e
+        reason = e.strerror or e
+        raise MemoryError(f"{size / 1e9:.1f} GB for a feature map cannot be had ({reason})") from e
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try: memory.madvise(mmap.MADV_HUGEPAGE)
         except OSError: pass  # a kernel without large pages
@@ -205,12 +198,8 @@ class FeatureMap:
         device: torch.device | str = "cpu",
     ):
         self.plane, shape = plane, (*plane, channels)
-        on_cpu = torch.device(device).type == "cpu"
-        self.data = (
-            _pages(math.prod(shape), dtype).view(shape)
-            if on_cpu
-            else torch.empty(shape, dtype=dtype, device=device)
-        )
+        if torch.device(device).type == "cpu": self.data = _pages(math.prod(shape), dtype).view(shape)
+        else: self.data = torch.empty(shape, dtype=dtype, device=device)
 
     def _view(self, box: Box) -> Tensor:
         return self.data[box.top:box.bottom, box.left:box.right].permute(2, 0, 1)[None]
@@ -228,7 +217,7 @@ class FeatureMap:
 MIN_TILE = 4  # pixels; no operator that writes where it reads looks further
 
 def _cuts(length: int, side: int) -> list[tuple[int, int]]:
-    "Cut a length into parts of one size, about `side` and none below `MIN_TILE`, but for a last one that may be smaller."
+    "Cut a length into parts of one size, about `side` and at least `MIN_TILE`; the last may be smaller."
     step = math.ceil(length / math.ceil(length / side))
     while 0 < length % step < MIN_TILE: step += 1
     return [(i, min(i + step, length)) for i in range(0, length, step)]
@@ -284,16 +273,15 @@ def _set_own_threads(count: int) -> int:  # the number to go back to
 def worker_threads(
     count: int,  # threads, each computing on one core
 ) -> Iterator[Callable]:  # like `map`, in order
-    "Compute tiles in threads; the caller's own number of threads is 1 meanwhile and restored at the end, other threads keep theirs."
+    "Compute tiles in threads; only the caller's own number of threads changes, to 1 until the end."
     before = _set_own_threads(1)
     try:
         if count == 1:
             yield map
             return
         with ThreadPoolExecutor(count, initializer=_set_own_threads, initargs=(1,)) as pool:
-            yield lambda work, boxes: _in_order(
-                pool, 2 * count, torch.no_grad()(work), boxes
-            )  # gradient mode is a thread's own
+            without_gradients = torch.no_grad()  # the gradient mode is a thread's own
+            yield lambda work, boxes: _in_order(pool, 2 * count, without_gradients(work), boxes)
     finally: _set_own_threads(before)
 
 # %% ../../nbs/04_fast/03_tiles.ipynb #a99c979f
@@ -355,18 +343,17 @@ def show_memory(
     return f"{math.ceil(amount / 1e7) / 100:.2f}GB" if amount >= 1e9 else f"{math.ceil(amount / 1e6)}MB"
 
 # %% ../../nbs/04_fast/03_tiles.ipynb #d54c8ac9
+_CGROUP_FILES = (
+    ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
+
 def _cgroup_free(root: Path = Path("/sys/fs/cgroup")) -> float:
     "Bytes that the process's control groups still allow; infinite without a limit."
-    own = Path("/proc/self/cgroup")
-    paths = (
-        {root, root / "memory"}
-        | {root / line.split(":", 2)[2].strip("/") for line in own.read_text().splitlines()}
-        if own.exists()
-        else {root}
-    )
-    free = math.inf
+    own, paths, free = Path("/proc/self/cgroup"), {root, root / "memory"}, math.inf
+    if own.exists():
+        paths |= {root / line.split(":", 2)[2].strip("/") for line in own.read_text().splitlines()}
     for path in paths:
-        for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        for limit, usage in _CGROUP_FILES:
             try: free = min(free, int((path / limit).read_text()) - int((path / usage).read_text()))
             except (OSError, ValueError): pass  # no such group, or "max"
     return free

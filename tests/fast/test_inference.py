@@ -39,7 +39,7 @@ GATINGS = ("neighbour", "channel_interleaved")
 
 
 def trained(preset="tiny", seed=0, **options):
-    """A network whose every parameter and statistic has moved off its initial value, with outputs that vary."""
+    """A network whose every parameter and statistic has moved off its initial value; its outputs vary."""
     g = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     model = SMFNet(preset, **options).eval().requires_grad_(False)
@@ -67,7 +67,7 @@ def difference(model, prepared, images):
     return (fused - expected).abs().max().item()
 
 
-# --- the same image -----------------------------------------------------------------------------------------------
+# --- the same image -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gating", GATINGS)
@@ -185,7 +185,7 @@ def attend_by_tile(run, block, source, target, *, add=False):
 
 
 def test_seams_are_absent(tiny, monkeypatch):
-    """The error is rounding and does not show the tiles; that of an attention for each tile is larger and does."""
+    """The error is rounding and shows no tiles; with an attention for each tile it is larger and does."""
     images, prepared = pair(96, 96), prepare_for_inference(tiny, tile=(16, 16), threads=1)
     error = lambda: (prepared.fuse(**images) - tiny.fuse(**images))[0, 0]
     exact = error()
@@ -195,7 +195,7 @@ def test_seams_are_absent(tiny, monkeypatch):
     assert exact.abs().max() < 1e-5 and approximate.abs().max() > 1e-3
 
 
-# --- what it leaves alone, and what it refuses --------------------------------------------------------------------
+# --- what it leaves alone, and what it refuses --------------------------------------------------------------
 
 
 def test_model_and_inputs_stay_as_they_are(tiny):
@@ -302,7 +302,7 @@ def test_wrong_arguments(tiny):
         prepare_for_inference(tiny).fuse(vis=torch.rand(1, 1, 20, 20), ir=torch.rand(1, 1, 20, 21))
 
 
-# --- memory -------------------------------------------------------------------------------------------------------
+# --- memory -------------------------------------------------------------------------------------------------
 
 
 def test_impossible_budget_names_a_possible_one(tiny):
@@ -342,7 +342,8 @@ torch.set_num_threads(1)
 prepared = prepare_for_inference(SMFNet("tiny").eval(), max_memory=sys.argv[1], threads=2)
 small = torch.rand(1, 1, 32, 32)
 prepared.fuse(vis=small, ir=small)  # loads what is loaded once
-def peak(): return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+def peak():
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 before, x = peak(), torch.rand(1, 1, 400, 500)
 prepared.fuse(vis=x, ir=x)
 plan = prepared.schedule((400, 500))
@@ -407,7 +408,7 @@ def test_limit_of_the_address_space():
     assert 0 < int(done.stdout) < 6 * 10**9
 
 
-# --- the machinery ------------------------------------------------------------------------------------------------
+# --- the machinery ------------------------------------------------------------------------------------------
 
 
 @given(st.integers(16, 300), st.integers(16, 300), st.integers(1, 400), st.integers(1, 400))
@@ -461,7 +462,7 @@ def test_prepared_is_importable_by_its_class(tiny):
     assert isinstance(prepare_for_inference(tiny), Prepared) and free_memory() > 0
 
 
-# --- the benchmark ------------------------------------------------------------------------------------------------
+# --- the benchmark ------------------------------------------------------------------------------------------
 
 
 def bench(folder, line):

@@ -56,8 +56,8 @@ def pair(h, w, batch=2, seed=1):
     return dict(vis=torch.rand(batch, 1, h, w, generator=g), ir=torch.rand(batch, 1, h, w, generator=g))
 
 
-# float32 is the demand. In float64 the result no longer depends on the processor's kernels: what is left there is the
-# rounding error of the reference itself (8.0e-6 where |base_fused| reaches 9.9), so this one cannot pass or fail by luck.
+# float32 is the demand. In float64 the result no longer depends on the processor's kernels: what is left is
+# the rounding error of the reference itself (8.0e-6 where |base_fused| reaches 9.9), the same everywhere.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_every_golden_activation(weights, activations, dtype, one_thread):
     model = literal.LiteralSMFNet().load_released(weights).to(dtype)
@@ -220,7 +220,7 @@ def test_loss_falls():
 
 @pytest.mark.parametrize("edge_gating", ["channel_interleaved", "neighbour"])
 def test_package_agrees_with_the_literal_version(edge_gating):
-    """Two independent implementations, equal random weights: every intermediate result agrees, without any golden file."""
+    """Two independent implementations with equal random weights agree in every intermediate result."""
     from smfnet.network.model import SMFNet
     from smfnet.network.released import load_released
 
