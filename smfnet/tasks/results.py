@@ -261,7 +261,7 @@ def result_folders(
 def prediction_folder(
     folder: Path,  # results of a stage for one input
 ) -> Path:  # holds <stem>.json or <stem>.png
-    "Where the predictions of one input lie; a kept `predictions.zip` is unpacked for as long as this process runs."
+    "Where the predictions of one input lie; a `predictions.zip` is unpacked until this process ends."
     packed = folder / "predictions.zip"
     if not packed.is_file(): return folder / "predictions"
     place = Path(tempfile.mkdtemp(prefix="smfnet-"))

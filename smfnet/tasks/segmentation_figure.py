@@ -82,9 +82,8 @@ def read_predictions(
     "Predicted masks by input; `InputError` names what is missing, and results of other conditions."
     found = result_folders(folders, "segmentation")
     places = {name: prediction_folder(folder) for name, folder in found.items()}
-    return {
-        name: {s: read_mask(place / f"{s}.png", classes=classes) for s in stems} for name, place in places.items()
-    }
+    read = lambda place: {s: read_mask(place / f"{s}.png", classes=classes) for s in stems}
+    return {name: read(place) for name, place in places.items()}
 
 # %% ../../nbs/08_tasks/12_segmentation_figure.ipynb #61f2322c
 @dataclass(frozen=True)
