@@ -21,13 +21,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..core.checks import MIN_SIDE, InputError
 from ..network.model import SMFNet
 
-# %% ../../nbs/09_report/05_architecture.ipynb #ca820e08
-def _direct(x, weight, *_, out_shape=None, **__) -> int:
-    "Operations of a convolution that is called by its oneDNN name."
-    return 2 * math.prod(weight[1:]) * math.prod(out_shape)
-
-_COUNTS = {torch.ops.aten.mkldnn_convolution: _direct}
-
 # %% ../../nbs/09_report/05_architecture.ipynb #5c5baeb3
 def _listen(model: nn.Module, counter: FlopCounterMode, seen: dict[str, dict]) -> None:
     "Hooks that note calls, output shapes and operations of every module."
@@ -64,10 +57,8 @@ def trace(
     "Shapes, parameters and operations of every module in one forward pass; `InputError` for a size that is too small."
     if min(size) < MIN_SIDE:
         raise InputError(f"size: {tuple(size)} is too small; both sides need at least {MIN_SIDE} pixels")
-    twin, seen, counter = (
-        copy.deepcopy(model).cpu().float().eval(), {},
-        FlopCounterMode(display=False, custom_mapping=_COUNTS),
-    )
+    twin, seen = copy.deepcopy(model).cpu().float().eval(), {}
+    counter = FlopCounterMode(display=False)
     _listen(twin, counter, seen)
     image = torch.rand(1, 1, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), counter: twin(vis=image, ir=image, stage=stage)
