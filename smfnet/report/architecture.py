@@ -21,6 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..core.checks import MIN_SIDE, InputError
 from ..network.model import SMFNet
 
+# %% ../../nbs/09_report/05_architecture.ipynb #60bc0baf
+def _tensors(output: torch.Tensor | tuple | dict) -> tuple[torch.Tensor, ...]:
+    "The tensors that a module returned, in order."
+    if isinstance(output, dict): return tuple(output.values())
+    return output if isinstance(output, tuple) else (output,)
+
 # %% ../../nbs/09_report/05_architecture.ipynb #5c5baeb3
 def _listen(model: nn.Module, counter: FlopCounterMode, seen: dict[str, dict]) -> None:
     "Hooks that note calls, output shapes and operations of every module."
@@ -30,18 +36,10 @@ def _listen(model: nn.Module, counter: FlopCounterMode, seen: dict[str, dict]) -
         return hook
     def after(name):
         def hook(module, inputs, output):
-            outputs = (
-                output.values()
-                if isinstance(output, dict)
-                else output
-                if isinstance(output, tuple)
-                else (output,)
-            )
-            seen[name]["calls"] += 1
-            seen[name]["flop"] += counter.get_total_flops() - seen[name]["start"]
-            seen[name]["shapes"] = max(
-                seen[name]["shapes"], [tuple(t.shape) for t in outputs], key=lambda s: sum(map(math.prod, s))
-            )
+            record, shapes = seen[name], [tuple(t.shape) for t in _tensors(output)]
+            record["calls"] += 1
+            record["flop"] += counter.get_total_flops() - record["start"]
+            record["shapes"] = max(record["shapes"], shapes, key=lambda s: sum(map(math.prod, s)))
         return hook
     for name, module in model.named_modules():
         module.register_forward_pre_hook(before(name))
@@ -54,7 +52,7 @@ def trace(
     *,
     stage: int = 2,  # 1: reconstruct both images; 2: fuse
 ) -> pd.DataFrame:  # one row a module that ran; the whole network is the row ""
-    "Shapes, parameters and operations of every module in one forward pass; `InputError` for a size that is too small."
+    "Shapes, parameters and operations of every module in one forward pass; `InputError` for a small size."
     if min(size) < MIN_SIDE:
         raise InputError(f"size: {tuple(size)} is too small; both sides need at least {MIN_SIDE} pixels")
     twin, seen = copy.deepcopy(model).cpu().float().eval(), {}
@@ -97,47 +95,34 @@ ARROWS = {
 
 # %% ../../nbs/09_report/05_architecture.ipynb #d9c5cb5f
 _FILL = {
-    "encoder": "#d6e6f4",
-    "graph": "#e2eed5",
-    "base_fusion": "#fbe3cc",
-    "detail_fusion": "#fbe3cc",
+    "encoder": "#d6e6f4", "graph": "#e2eed5", "base_fusion": "#fbe3cc", "detail_fusion": "#fbe3cc",
     "decoder": "#eadcf0",
 }
+_FRAME = {"boxstyle": "round", "fc": "white", "ec": "#444"}  # of the images at both ends
 
 # %% ../../nbs/09_report/05_architecture.ipynb #2681836b
 def _count(n: int) -> str:
-    return f"{n / 1e6:.2f} M" if n >= 1e6 else f"{n / 1e3:.1f} k" if n >= 1e3 else str(n)
+    "A number of parameters in three digits."
+    if n >= 1e6: return f"{n / 1e6:.2f} M"
+    return f"{n / 1e3:.1f} k" if n >= 1e3 else str(n)
 
 # %% ../../nbs/09_report/05_architecture.ipynb #0546d28a
-def _block(ax: Axes, x: float, y: float, label: str, row: pd.Series | None, colour: str) -> None:
+def _block(ax: Axes, x: float, y: float, label: str, row: pd.Series, colour: str) -> None:
     "A box with label, kind, shape, parameters and share of the work."
-    ax.add_patch(
-        FancyBboxPatch(
-            (x - 0.56, y - 0.41), 1.12, 0.82, boxstyle="round,pad=0,rounding_size=0.06", fc=colour,
-            ec="#444",
-            lw=0.9,
-        )
-    )
+    style = {"boxstyle": "round,pad=0,rounding_size=0.06", "fc": colour, "ec": "#444", "lw": 0.9}
+    ax.add_patch(FancyBboxPatch((x - 0.56, y - 0.41), 1.12, 0.82, **style))
     ax.text(x, y - 0.27, label, ha="center", va="center", fontsize=8.5, weight="bold")
-    if row is None: return
     several = f"{row['outputs']} × " if row["outputs"] > 1 else ""
     shape = several + " × ".join(map(str, row["shape"]))
-    ax.text(
-        x, y + 0.1,
-        f"{row['kind']}\n{shape}\n{_count(row['parameters'])} parameters\n{row['share']:.1%} of the work",
-        ha="center", va="center", fontsize=7, linespacing=1.45,
-    )
+    parameters, share = f"{_count(row['parameters'])} parameters", f"{row['share']:.1%} of the work"
+    text = "\n".join([row["kind"], shape, parameters, share])
+    ax.text(x, y + 0.1, text, ha="center", va="center", fontsize=7, linespacing=1.45)
 
 # %% ../../nbs/09_report/05_architecture.ipynb #2589c772
 def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
-    ax.add_patch(
-        FancyArrowPatch(
-            (start[0] + 0.57, start[1]), (end[0] - 0.57, end[1]), arrowstyle="-|>", mutation_scale=9, lw=1,
-            color="#444",
-            shrinkA=0,
-            shrinkB=0,
-        )
-    )
+    "From the right edge of one box to the left edge of another; both are given by their centres."
+    style = {"arrowstyle": "-|>", "mutation_scale": 9, "lw": 1, "color": "#444", "shrinkA": 0, "shrinkB": 0}
+    ax.add_patch(FancyArrowPatch((start[0] + 0.57, start[1]), (end[0] - 0.57, end[1]), **style))
 
 # %% ../../nbs/09_report/05_architecture.ipynb #029cc4e1
 def _diagram(ax: Axes, table: pd.DataFrame, stage: int) -> None:
@@ -145,19 +130,13 @@ def _diagram(ax: Axes, table: pd.DataFrame, stage: int) -> None:
     used = {block for arrow in ARROWS[stage] for block in arrow}
     for name in used:
         x, y, label = BLOCKS[name]
-        _block(ax, x, y, label, table.loc[name], _FILL[name if name in _FILL else name.split(".")[0]])
+        _block(ax, x, y, label, table.loc[name], _FILL[name.split(".")[0]])
     for a, b in ARROWS[stage]: _arrow(ax, BLOCKS[a][:2], BLOCKS[b][:2])
+    centred = {"ha": "center", "va": "center", "fontsize": 8.5, "bbox": _FRAME}
     for y, label in ((0.5, "infrared"), (1.5, "visible")):
-        ax.text(
-            0.0, y, label, ha="center", va="center", fontsize=8.5,
-            bbox={"boxstyle": "round", "fc": "white", "ec": "#444"},
-        )
+        ax.text(0.0, y, label, **centred)
         _arrow(ax, (-0.33, y), (1.3, 1.0 + 0.4 * (y - 1.0)))
-    ax.text(
-        7.15, 1.0, "fused image" if stage == 2 else "both images\nrebuilt", ha="center", va="center",
-        fontsize=8.5,
-        bbox={"boxstyle": "round", "fc": "white", "ec": "#444"},
-    )
+    ax.text(7.15, 1.0, "fused image" if stage == 2 else "both images\nrebuilt", **centred)
     _arrow(ax, (5.95, 1.0), (7.36, 1.0))
     ax.set_xlim(-0.35, 7.6)
     ax.set_ylim(2.46, -0.46)
@@ -165,24 +144,22 @@ def _diagram(ax: Axes, table: pd.DataFrame, stage: int) -> None:
     ax.axis("off")
 
 # %% ../../nbs/09_report/05_architecture.ipynb #251a6605
+_WHAT = {
+    1: "each modality is rebuilt from its own features",
+    2: "the features of both modalities are fused and decoded",
+}
+
 def draw(
     model: SMFNet,  # left unchanged
     size: tuple[int, int] = (128, 128),  # height and width of the traced pair, pixels
 ) -> Figure:  # stage I above stage II
-    "The architecture of both stages with measured shapes, parameters and shares of the work (the paper's figure 2)."
+    "Both stages with measured shapes, parameters and shares of the work (the paper's figure 2)."
     fig, axes = plt.subplots(2, 1, figsize=(11.5, 9.2), layout="constrained")
     for stage, ax in zip((1, 2), axes):
         table = trace(model, size, stage=stage)
         _diagram(ax, table, stage)
         total, c = table.loc[""], model.config
-        what = (
-            "each modality is rebuilt from its own features"
-            if stage == 1
-            else "the features of both modalities are fused and decoded"
-        )
-        ax.set_title(
-            f"Stage {'I' * stage}: {what}. C = {c.dim}, {c.heads} heads; {total['gflop']:.1f} GFLOP for a pair of {size[0]} × {size[1]} pixels; "
-            f"{_count(total['parameters'])} parameters in all",
-            fontsize=9,
-        )
+        work = f"{total['gflop']:.1f} GFLOP for a pair of {size[0]} × {size[1]} pixels"
+        text = f"Stage {'I' * stage}: {_WHAT[stage]}. C = {c.dim}, {c.heads} heads; {work}; "
+        ax.set_title(f"{text}{_count(total['parameters'])} parameters in all", fontsize=9)
     return fig
