@@ -1,4 +1,4 @@
-"""The published values and claims: complete, consistent, checked against reference files, and read strictly."""
+"""The published values and claims: complete, consistent, equal to reference files, and read strictly."""
 
 import json
 from pathlib import Path
@@ -58,7 +58,7 @@ def change(folder: Path, table: int, line: int, old: str, new: str) -> None:
     path.write_text("\n".join(lines), encoding="utf-8")
 
 
-# --- the files -------------------------------------------------------------------------------------------------
+# --- the files ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -73,7 +73,7 @@ def test_table_is_complete(table):
 
 
 def test_names_are_those_of_the_project(published):
-    """Sets are in the registry, fusion metrics are those of the package, and every table has a row of ours."""
+    """Sets are in the registry, fusion metrics those of the package, and every table has a row of ours."""
     assert set(published["set"]) <= set(registry())
     assert set(published.loc[published["table"].isin([1, 4, 5]), "metric"]) <= set(METRICS)
     assert all("ours" in set(part["method"]) for _, part in published.groupby("table"))
@@ -105,7 +105,7 @@ def test_printed_numbers_are_those_of_the_readme():
         assert int(row.split("|")[3]) == len(pd.read_csv(path))
 
 
-# --- arithmetic ------------------------------------------------------------------------------------------------
+# --- arithmetic ---------------------------------------------------------------------------------------------
 
 
 def test_arithmetic_holds(published, claims):
@@ -151,7 +151,7 @@ def test_known_oddities_are_found(published, claims):
 
 
 def test_reference_metrics_land_on_the_printed_row(published):
-    """Means of reference values for DIDFuse's TNO images meet its row, which fixes the order of Table 1's columns."""
+    """Reference means for DIDFuse's TNO images meet its row, which fixes the order of Table 1's columns."""
     path = golden_file("metrics_TNO.json")
     if path is None:
         pytest.skip("reference files are not here; set SMFNET_GOLDEN")
@@ -160,7 +160,7 @@ def test_reference_metrics_land_on_the_printed_row(published):
     assert ((measured[row.index] - row).abs() < 1.5e-4).all()  # one unit of the last printed decimal
 
 
-# --- bad input -------------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -233,11 +233,11 @@ def test_broken_claims_are_named(copy, old, new, message):
         load_claims(path)
 
 
-# --- claims and verdicts ---------------------------------------------------------------------------------------
+# --- claims and verdicts ------------------------------------------------------------------------------------
 
 
 def test_claims_speak_of_what_is_printed(claims, published):
-    """Sets, metrics, methods and configurations of every claim are in its table, except those said to be missing there."""
+    """What a claim names is in its table, except metrics that are known to be missing there."""
     unprinted = set()
     for claim in claims.to_dict("records"):
         part = published[published["table"].astype(str) == claim["table"]]
@@ -292,7 +292,7 @@ def with_differences(rows: pd.DataFrame) -> pd.DataFrame:
     ],
 )
 def test_small_runs_decide_nothing(claims, published, scale, columns, reason):
-    """One missing condition is enough for all that depends on a network, whatever the numbers are; every row says why and still shows the numbers."""
+    """One missing condition leaves open what depends on a network; rows say why and show the numbers."""
     found = verdicts(claims, measured_like_print(published, **columns), scale, published=published)
     assert len(found) == len(claims) and set(found.loc[claims["kind"].ne("count").to_numpy(), "verdict"]) == {
         "not testable"
@@ -327,7 +327,7 @@ def test_worse_numbers_are_not_reproduced(claims, published):
 
 
 def test_measured_rivals_replace_printed_ones(claims, published):
-    """A rival measured on the complete set counts as measured; on a part of it, as printed. Unknown methods do not count."""
+    """A rival counts as measured on the complete set, as printed on a part of it; others do not count."""
     ours = measured_like_print(published)[lambda d: d["method"] == "ours"]
     rival = ours[(ours["set"] == "TNO") & (ours["metric"] == "SF")].assign(method="PMGI", mean=99.0)
     claim = claims[claims["id"] == "3.2-j"]

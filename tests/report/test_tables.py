@@ -99,7 +99,7 @@ def cells(table: pd.DataFrame) -> pd.DataFrame:
     return table.set_index(["method", "metric"])
 
 
-# --- arithmetic ------------------------------------------------------------------------------------------------
+# --- arithmetic ---------------------------------------------------------------------------------------------
 
 
 def test_difference_interval_and_ranks_of_every_cell():
@@ -175,7 +175,7 @@ def test_rows_without_a_seed_beside_rows_with_one():
 
 @pytest.mark.parametrize("seeds", [(None, 1), (None, 1, 2), (None, None), (1, 1), (0, 1, 1)])
 def test_seeds_that_do_not_tell_rows_apart_are_refused(seeds):
-    """A first run without a seed beside later ones, or a seed that occurs twice, gives no mean; the message names the row."""
+    """A run without a seed beside others, or a seed that occurs twice, gives no mean but names the row."""
     rows = pd.concat(
         [
             measured({"ours": (6.0 + i, 2.0, 1.0)}, **({} if s is None else {"seed": s}))
@@ -251,7 +251,7 @@ def test_profiles_for_a_radar_plot_share_their_columns():
     assert list(profiles(compare_set(PUBLISHED[:0], extra, "TNO"))["measured"].columns) == [*METRICS, "SCD"]
 
 
-# --- rendering -------------------------------------------------------------------------------------------------
+# --- rendering ----------------------------------------------------------------------------------------------
 
 
 class Checker(html.parser.HTMLParser):
@@ -302,7 +302,7 @@ def test_the_csv_gives_the_table_back(tmp_path):
     assert list(again["method"]) == list(table["method"])
 
 
-# --- bad input -------------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_a_bad_summary_file_is_refused(tmp_path):
         read_summary(tmp_path / "other.csv")
 
 
-# --- the study -------------------------------------------------------------------------------------------------
+# --- the study ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture()
