@@ -36,7 +36,7 @@ class StageRecord:
 
 # %% ../../nbs/09_report/07_page.ipynb #6a237a56
 def _files(record: StageRecord, *suffixes: str) -> list[Path]:
-    "Outputs of these kinds, sorted, each once; a folder inside the stage's own holds images that are not shown."
+    "Outputs of these kinds, each once; a folder inside the stage's own holds images that are not shown."
     shown = [o for o in record.outputs if not (o.is_dir() and o.is_relative_to(record.folder))]
     found = [f for o in shown for f in (sorted(o.rglob("*")) if o.is_dir() else [o])]
     return [f for f in dict.fromkeys(found) if f.is_file() and f.suffix in suffixes]
@@ -108,7 +108,8 @@ def draw_graph(
     fig, ax = plt.subplots(figsize=(2.1 * (1 + max(depth.values())), 0.42 * rows + 0.5), layout="constrained")
     for r in records:
         x, y = places[r.name]
-        ax.text(x, y, r.name, ha="center", va="center", fontsize=8, zorder=3, bbox=BOX | {"fc": COLOURS[r.state]})
+        box = BOX | {"fc": COLOURS[r.state]}
+        ax.text(x, y, r.name, ha="center", va="center", fontsize=8, zorder=3, bbox=box)
         for a in (places[n] for n in r.after if n in places):
             ax.plot((a[0], x), (a[1], y), color="#999999", linewidth=0.6, zorder=1)
     ax.set(xlim=(-0.6, max(depth.values()) + 0.6), ylim=(-rows + 0.4, 0.6))
@@ -117,7 +118,8 @@ def draw_graph(
 
 # %% ../../nbs/09_report/07_page.ipynb #71c5e0c1
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 0 auto; padding: 1rem 1.5rem }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222 }
+body { max-width: 72rem; margin: 0 auto; padding: 1rem 1.5rem }
 h1 { margin-bottom: .2rem }
 h2 { border-top: 1px solid #ddd; padding-top: 1rem; margin-top: 2rem }
 .sub { color: #555; margin: .1rem 0 1rem }
@@ -145,9 +147,10 @@ PAGE = """<!doctype html>
 </head>
 <body>
 <h1>{{ title }}</h1>
-<p class="sub">Written at revision <code>{{ git.revision or "unknown" }}</code>
-{{ "with uncommitted changes" if git.dirty }};
-Python {{ env.python }}, PyTorch {{ env.torch }}, {{ env.cpu_count }} processors{{ ", " + env.cuda if env.cuda }}.</p>
+<p class="sub">Written at revision
+<code>{{ git.revision or "unknown" }}</code>{{ " with uncommitted changes" if git.dirty }};
+Python {{ env.python }}, PyTorch {{ env.torch }}, {{ env.cpu_count }} processors
+{{- ", " + env.cuda if env.cuda }}.</p>
 {% if notices %}<div class="notice">{% for n in notices %}<p>{{ n|e }}</p>{% endfor %}</div>{% endif %}
 <nav>
 {% for s in stages %}<a href="#{{ s.name }}">{{ s.title|e }} {{ badge(s) }}</a>

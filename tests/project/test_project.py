@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: synchrony, style, documentation, layers, experiments, no foreign paths."""
+"""The house rules that a machine can check: synchrony, style, documentation, layers, experiments, paths."""
 
 import ast
 import io
@@ -31,12 +31,12 @@ IGNORED = {
     ".snakemake",
     ".ipynb_checkpoints",
 }
-MAX_CODE_LINES = 20  # logical lines of an experiment notebook, without parameters, imports, comments and blank lines
+MAX_CODE_LINES = 20  # logical lines of an experiment notebook, without parameters and imports
 MAX_NOTEBOOK_BYTES = 700_000  # stored figures stay small
 
 
 def project_files() -> list[Path]:
-    """Files that belong to the project, relative to its top: those git knows or would add, or all when there is no git."""
+    """Files of the project, relative to its top: those git knows or would add, or all when there is no git."""
     try:
         listed = subprocess.run(
             ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True
@@ -88,7 +88,7 @@ def short(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-# --- synchrony -------------------------------------------------------------------------------------------------
+# --- synchrony ----------------------------------------------------------------------------------------------
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -137,7 +137,7 @@ def test_readme_is_the_index_notebook():
 
 @pytest.mark.parametrize("module", modules(), ids=short)
 def test_module_has_its_notebook(module):
-    """Every generated module names a notebook that exists and exports it; a deleted notebook leaves no module behind."""
+    """Every generated module names a notebook that exists and exports it; a deleted one leaves no module."""
     text = module.read_text(encoding="utf-8")
     if GENERATED not in text:
         assert module.name == "__init__.py" and set(text.split()) <= {
@@ -160,7 +160,7 @@ def test_lint():
     assert done.returncode == 0, done.stdout[-4000:]
 
 
-# --- documentation ---------------------------------------------------------------------------------------------
+# --- documentation ------------------------------------------------------------------------------------------
 
 
 def public(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[str, ast.AST]]:
@@ -191,7 +191,7 @@ def test_notebook_opens_with_title_and_summary(notebook):
     assert notebook.stat().st_size < MAX_NOTEBOOK_BYTES
 
 
-# --- layers ----------------------------------------------------------------------------------------------------
+# --- layers -------------------------------------------------------------------------------------------------
 
 
 def imported(source: str) -> set[str]:
@@ -243,11 +243,11 @@ def test_no_star_imports():
             assert not stars, f"{short(notebook)}: {cell['source'][:80]}"
 
 
-# --- experiments -----------------------------------------------------------------------------------------------
+# --- experiments --------------------------------------------------------------------------------------------
 
 
 def logical_lines(source: str) -> list[str]:
-    """First physical lines of the statements of a piece of code, imports left out; a wrapped statement counts once."""
+    """First lines of the statements of a piece of code, imports left out; a wrapped statement counts once."""
     found, fresh = [], True
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.NEWLINE:
@@ -281,14 +281,14 @@ def test_experiment_notebook(notebook):
     assert first["cell_type"] == "raw" and "skip_exec: true" in "".join(first["source"])
 
 
-REPEATED = 6 + 6 + 8  # stages of detection and segmentation, one an input, and of the ablation, one a configuration
-STAGES = {("demo", False): 20, ("real", True): 18, ("full", False): 24 + REPEATED, ("full", True): 22 + REPEATED}
+# Of `full`, 6 + 6 + 8 are repeated: detection and segmentation by input, the ablation by configuration.
+STAGES = {("demo", False): 20, ("real", True): 18, ("full", False): 44, ("full", True): 42}
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Snakemake needs Python 3.11")
 @pytest.mark.parametrize(("profile", "data"), STAGES)
 def test_profiles_fit_the_notebooks(tmp_path, profile, data):
-    """Every stage of every profile has its notebook, passes it parameters that fit, and reads what an earlier stage makes."""
+    """Every stage of every profile passes its notebook parameters that fit, and reads what a stage makes."""
     import yaml
 
     config = yaml.safe_load((NBS / f"experiments/config/{profile}.yaml").read_text(encoding="utf-8"))
@@ -308,7 +308,7 @@ def test_kept_results_are_few():
     assert len([p for p in (ROOT / "results").rglob("*") if p.is_file()]) < 60
 
 
-# --- foreign paths ---------------------------------------------------------------------------------------------
+# --- foreign paths ------------------------------------------------------------------------------------------
 
 # Split so that this file does not find itself.
 FOREIGN = [
@@ -330,7 +330,7 @@ def foreign_words(text: str) -> list[str]:
 
 
 def test_no_file_names_a_machine():
-    """No path of somebody's machine and no package registry is written into the project; .ci alone may look beside the clone."""
+    """No path of a machine and no package registry is written into the project; .ci may look beside the clone."""
     assert foreign_words("cd " + FOREIGN[0]) == FOREIGN[:1]
     texts = {
         p.as_posix(): (ROOT / p).read_bytes().decode("utf-8", errors="ignore")
