@@ -147,8 +147,8 @@ PAGE = """<!doctype html>
 </head>
 <body>
 <h1>{{ title }}</h1>
-<p class="sub">Written at revision <code>{{ git.revision or "unknown" }}</code>
-{{ "with uncommitted changes" if git.dirty }};
+<p class="sub">Written at revision
+<code>{{ git.revision or "unknown" }}</code>{{ " with uncommitted changes" if git.dirty }};
 Python {{ env.python }}, PyTorch {{ env.torch }}, {{ env.cpu_count }} processors
 {{- ", " + env.cuda if env.cuda }}.</p>
 {% if notices %}<div class="notice">{% for n in notices %}<p>{{ n|e }}</p>{% endfor %}</div>{% endif %}

@@ -1,4 +1,4 @@
-"""The stage engine with small notebooks under Snakemake: what runs, what does not, what a failure or a kill leaves."""
+"""The stage engine with small notebooks: what runs, what does not, what a failure or a kill leaves."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ import yaml
 pytest.importorskip("papermill")
 pytest.importorskip("pydantic")
 
-from reproduce import Plan
+from reproduce import Plan, keep
 from stages import NotebookFailure, Progress, check_parameters, fingerprint, parameters, run_notebook
 
 from smfnet.core.checks import InputError
@@ -78,7 +78,8 @@ COUNT = (
     "with open('diary.txt', 'a') as f: f.write('end\\n')",
 )
 TOTAL = (
-    "numbers: str = 'runs/demo/count/numbers'  # folder of numbers\nout: str = 'runs/demo/total'  # folder of the stage\n"
+    "numbers: str = 'runs/demo/count/numbers'  # folder of numbers\n"
+    "out: str = 'runs/demo/total'  # folder of the stage\n"
     "figures: str = 'figures/demo'  # folder of figures\ndata: str = ''  # folder of real data",
     "import json\nfrom pathlib import Path\n\nfrom smfnet.core.toy import double",
     "found = [int(p.read_text()) for p in Path(numbers).glob('*.txt')]\n"
@@ -107,7 +108,7 @@ def write_notebook(path: Path, sources: tuple[str, ...], tag: str = "parameters"
 
 
 def make_lab(folder: Path) -> Path:
-    """A small project: the head of the real Snakefile, rules of its own, a package of its own, three stages."""
+    """A small project: the head of the real Snakefile, rules and a package of its own, three stages."""
     place = folder / "nbs/experiments"
     (place / "config").mkdir(parents=True)
     for name in ("stages.py", "reproduce.py"):
@@ -117,7 +118,9 @@ def make_lab(folder: Path) -> Path:
     (place / "config/demo.yaml").write_text(CONFIG)
     for name, sources in (("count", COUNT), ("total", TOTAL), ("alone", COUNT)):
         write_notebook(place / f"{name}.ipynb", sources)
-    shutil.copytree(ROOT / "smfnet", folder / "smfnet", ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+    shutil.copytree(
+        ROOT / "smfnet", folder / "smfnet", ignore=shutil.ignore_patterns("__pycache__", "*.safetensors")
+    )
     (folder / "smfnet/core/toy.py").write_text(TOY)
     (folder / "smfnet/core/toy_factor.py").write_text("FACTOR = 2\n")
     return folder
@@ -139,7 +142,12 @@ def done_lab(tmp_path_factory) -> Path:
 
 def environment(lab: Path) -> dict[str, str]:
     """The lab's package comes first."""
-    return {**os.environ, "PYTHONPATH": str(lab), "XDG_CACHE_HOME": str(lab / "cache"), "OMP_NUM_THREADS": "1"}
+    return {
+        **os.environ,
+        "PYTHONPATH": str(lab),
+        "XDG_CACHE_HOME": str(lab / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def command(*arguments) -> list[str]:
@@ -187,7 +195,7 @@ def changed(path: Path, text: str):
         path.write_text(before)
 
 
-# --- one notebook ----------------------------------------------------------------------------------------------
+# --- one notebook -------------------------------------------------------------------------------------------
 
 
 def test_bad_parameters_are_refused_before_anything_runs(lab, monkeypatch):
@@ -213,7 +221,9 @@ def test_bad_parameters_are_refused_before_anything_runs(lab, monkeypatch):
     assert not (lab / "here").exists()
 
 
-@pytest.mark.parametrize("line", ["steps = 3", "steps: int", "steps: int = 1 + n", "import os", "steps: Path = 'x'"])
+@pytest.mark.parametrize(
+    "line", ["steps = 3", "steps: int", "steps: int = 1 + n", "import os", "steps: Path = 'x'"]
+)
 def test_every_line_of_the_parameters_is_typed_and_literal(tmp_path, line):
     """What papermill would pass over in silence is refused, with the form to write."""
     write_notebook(tmp_path / "a.ipynb", (line,))
@@ -288,17 +298,31 @@ def test_progress_shows_a_line_now_and_then(capsys):
 def test_a_stage_runs_with_plain_papermill(done_lab, tmp_path):
     """With the parameters that a stage left, papermill makes the same without our help."""
     place = shutil.copytree(done_lab, tmp_path / "lab", ignore=shutil.ignore_patterns("numbers"))
-    papermill = [sys.executable, "-m", "papermill", "-k", "python3", "nbs/experiments/count.ipynb", "out.ipynb"]
+    papermill = [
+        sys.executable,
+        "-m",
+        "papermill",
+        "-k",
+        "python3",
+        "nbs/experiments/count.ipynb",
+        "out.ipynb",
+    ]
     done = subprocess.run(
         [*papermill, "-f", "runs/demo/count/params.json"],
         cwd=place, env=environment(place), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert [p.read_text() for p in sorted((place / "runs/demo/count/numbers").iterdir())] == ["3", "4", "5", "6"]
+    assert [p.read_text() for p in sorted((place / "runs/demo/count/numbers").iterdir())] == [
+        "3",
+        "4",
+        "5",
+        "6",
+    ]
 
 
 def test_one_stage_by_hand(done_lab, tmp_path):
-    """The helper of the rules works from the command line: 0 success, 1 a failed notebook, 2 bad input; no tracebacks."""
+    """The helper of the rules by itself: 0 success, 1 a failed notebook, 2 bad input; no tracebacks."""
+
     def run(job: dict) -> subprocess.CompletedProcess:
         arguments = ["nbs/experiments/stages.py", "nbs/experiments/count.ipynb", "here", json.dumps(job)]
         return subprocess.run(
@@ -313,7 +337,9 @@ def test_one_stage_by_hand(done_lab, tmp_path):
         ({}, ["runs/none/numbers"], 2, "runs/none/numbers: is not there; run the stage that makes it first"),
     ):
         done = run({"params": params, "inputs": inputs})
-        assert done.returncode == status and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert done.returncode == status and said in done.stderr and "Traceback" not in done.stderr, (
+            done.stderr
+        )
 
 
 def test_fingerprint_is_of_code(tmp_path):
@@ -321,7 +347,12 @@ def test_fingerprint_is_of_code(tmp_path):
     cells = ("x: int = 1  # nothing", "%matplotlib inline\nfrom smfnet.network import load_released")
     write_notebook(tmp_path / "a.ipynb", cells)
     before = fingerprint(tmp_path / "a.ipynb")
-    assert {"a.ipynb", "smfnet/network/__init__.py", "smfnet/network/released.py", "smfnet/core/checks.py"} <= set(before)
+    assert {
+        "a.ipynb",
+        "smfnet/network/__init__.py",
+        "smfnet/network/released.py",
+        "smfnet/core/checks.py",
+    } <= set(before)
     assert "smfnet/report/page.py" not in before
     write_notebook(tmp_path / "a.ipynb", (cells[0], cells[1] + "  # a remark\n\n"), prose="A remark.")
     assert fingerprint(tmp_path / "a.ipynb") == before
@@ -330,7 +361,7 @@ def test_fingerprint_is_of_code(tmp_path):
     assert {name for name in before if before[name] != after[name]} == {"a.ipynb"}
 
 
-# --- what is passed to the notebooks ---------------------------------------------------------------------------
+# --- what is passed to the notebooks ------------------------------------------------------------------------
 
 
 def plan_of(lab: Path, text: str = CONFIG, **more) -> Plan:
@@ -342,7 +373,7 @@ def plan_of(lab: Path, text: str = CONFIG, **more) -> Plan:
 
 
 def test_plan(lab, monkeypatch):
-    """Defaults move to the profile's folder, configuration and changes replace them, parameters name the inputs."""
+    """Defaults move to the profile's folder, settings and changes replace them, parameters name inputs."""
     monkeypatch.chdir(lab)
     plan = plan_of(lab, CONFIG.replace("profile: demo", "profile: other"), SET=["count.length=9"])
     assert plan.values("count") == {"out": "runs/other/count", "length": 9, "seed": 3, "pause": 0.0}
@@ -375,7 +406,11 @@ def test_plan_refuses(lab, monkeypatch):
         (CONFIG + "cuont: {length: 3}\n", {}, "'cuont' is no stage"),
         (CONFIG.replace("alone]", "aline]"), {}, "'aline' is no stage"),
         (CONFIG, {"DATA": "nowhere"}, "nowhere: is not a folder"),
-        (CONFIG, {"DATA": str(lab)}, "TNO: is not a folder; DATA must name one that has TNO; smfnet data list"),
+        (
+            CONFIG,
+            {"DATA": str(lab)},
+            "TNO: is not a folder; DATA must name one that has TNO; smfnet data list",
+        ),
         (CONFIG + "partial: true\n", {}, "DATA=DIR"),
         (CONFIG.replace("needs: [TNO]", "partial: true"), {"DATA": str(lab)}, "has none of TNO"),
     ):
@@ -404,8 +439,8 @@ def test_repeated_stages(lab, monkeypatch):
     cell = "input: str = ''  # name\nout: str = ''  # folder\nread: list[str] = []  # files"
     for name in ("task", "table"):
         write_notebook(lab / f"nbs/experiments/{name}.ipynb", (cell,))
-    plan = Plan({"profile": "demo", "make": ["table"], "table": {"read": ["runs/demo/task-*/rows.csv", "runs/demo/task-*"]}},
-                {"input": ["a", "b"]})  # fmt: skip
+    read = ["runs/demo/task-*/rows.csv", "runs/demo/task-*"]
+    plan = Plan({"profile": "demo", "make": ["table"], "table": {"read": read}}, {"input": ["a", "b"]})
     plan.passes("task-{input}", "task")
     plan.passes("table")
     assert plan.values("task-{input}", input="a") == {"input": "a", "out": "runs/demo/task-a", "read": []}
@@ -417,21 +452,53 @@ def test_repeated_stages(lab, monkeypatch):
     ]
 
 
-# --- the whole graph -------------------------------------------------------------------------------------------
+def test_keep(tmp_path, monkeypatch):
+    """Tables, records and the predictions of the drawn scenes; the same predictions are the same bytes."""
+    monkeypatch.chdir(tmp_path)
+    plan = Plan({"profile": "full", "make": []}, {"input": ["ours"]})
+    for stage, file in (("evaluate", "summary.csv"), ("downstream", "differences.csv"), ("table5", "rows.csv"),
+                        ("detection-ours", "rows.csv"), ("segmentation-ours", "rows.csv")):  # fmt: skip
+        (tmp_path / f"runs/full/{stage}/predictions").mkdir(parents=True)
+        (tmp_path / f"runs/full/{stage}/{file}").write_text(stage)
+        (tmp_path / f"runs/full/{stage}/provenance.json").write_text("{}")
+        for scene in ("a_day", "b_night"):
+            (tmp_path / f"runs/full/{stage}/predictions/{scene}.json").write_text(scene)
+    for figure in ("figure4", "figure5"):
+        (tmp_path / f"figures/full/{figure}").mkdir(parents=True)
+        (tmp_path / f"figures/full/{figure}/{figure}.json").write_text('{"scenes": ["b_night"]}')
+    keep(plan)
+    packed = tmp_path / "results/full/detection-ours/predictions.zip"
+    before = packed.read_bytes()
+    assert len([p for p in (tmp_path / "results").rglob("*") if p.is_file()]) == 5 * 2 + 2
+    assert (tmp_path / "results/full/table5/rows.csv").read_text() == "table5"
+    shutil.unpack_archive(packed, tmp_path / "unpacked")
+    assert {p.name: p.read_text() for p in (tmp_path / "unpacked").iterdir()} == {"b_night.json": "b_night"}
+    (tmp_path / "runs/full/detection-ours/predictions/b_night.json").touch()
+    keep(plan)
+    assert packed.read_bytes() == before
+
+
+# --- the whole graph ----------------------------------------------------------------------------------------
 
 
 @needs_snakemake
 def test_dry_runs_name_what_a_change_concerns(done_lab):
-    """Prose: nothing. Code, a module, a parameter, a result: the stages that depend on it. Taken back: nothing."""
+    """Prose: nothing. Code, a module, a parameter, a result: what depends on it. Undone: nothing."""
     place, kept = done_lab / "nbs/experiments", stamps(done_lab)
-    for path in [*place.glob("*"), *done_lab.glob("runs/demo/**/*.txt"), *done_lab.glob("runs/demo/**/*.json")]:
+    for path in [
+        *place.glob("*"),
+        *done_lab.glob("runs/demo/**/*.txt"),
+        *done_lab.glob("runs/demo/**/*.json"),
+    ]:
         path.touch()
     write_notebook(place / "count.ipynb", COUNT, prose="Only a remark.")
     assert planned(done_lab) == set()
     write_notebook(place / "count.ipynb", (*COUNT, "done = True"))
     assert planned(done_lab) == {"count", "total"}
     write_notebook(place / "count.ipynb", COUNT)
-    with changed(place / "total.ipynb", (place / "total.ipynb").read_text().replace("sum(found)", "max(found)")):
+    with changed(
+        place / "total.ipynb", (place / "total.ipynb").read_text().replace("sum(found)", "max(found)")
+    ):
         assert planned(done_lab) == {"total"}
     with changed(done_lab / "smfnet/core/toy.py", "# a remark\n" + TOY):
         assert planned(done_lab) == set()
@@ -447,22 +514,34 @@ def test_dry_runs_name_what_a_change_concerns(done_lab):
 
 @needs_snakemake
 def test_only_what_changed_runs_again(lab):
-    """Nothing the second time, exactly what depends on a change after one; the record names code and results."""
+    """Nothing the second time, exactly what depends on a change after one; the record names results."""
     assert planned(lab) == {"count", "total", "alone"} and not (lab / "runs").exists()
     done = make(lab)
     assert done.returncode == 0 and total(lab) == 2 * (3 + 4 + 5 + 6), done.stderr
     assert "Look at runs/demo/report.html" in done.stdout and "NOT DONE" not in done.stdout
-    assert "total: done in" in done.stdout and "KeyboardInterrupt" not in done.stderr and "\r" not in done.stderr
+    assert (
+        "total: done in" in done.stdout and "KeyboardInterrupt" not in done.stderr and "\r" not in done.stderr
+    )
     before = stamps(lab)
     (lab / "runs/demo/count/checkpoint.pt").touch()
     done = make(lab)
-    assert done.returncode == 0 and not reran(lab, before) and "total done runs/demo/total" in " ".join(done.stdout.split())
+    assert (
+        done.returncode == 0
+        and not reran(lab, before)
+        and "total done runs/demo/total" in " ".join(done.stdout.split())
+    )
     assert make(lab, "--set", "count.length=2").returncode == 0
     assert reran(lab, before) == {"count", "total"} and total(lab) == 14
-    assert len(list((lab / "runs/demo/count/numbers").iterdir())) == 2, "files of the longer run do not survive"
+    assert len(list((lab / "runs/demo/count/numbers").iterdir())) == 2, (
+        "files of the longer run do not survive"
+    )
     assert (lab / "runs/demo/count/checkpoint.pt").exists(), "what a stage does not promise stays"
     found = json.loads((lab / "runs/demo/count/provenance.json").read_text())
-    assert found["params"]["length"] == 2 and found["seed"] == 3 and set(found["outputs"]) == {"runs/demo/count/numbers"}
+    assert (
+        found["params"]["length"] == 2
+        and found["seed"] == 3
+        and set(found["outputs"]) == {"runs/demo/count/numbers"}
+    )
     assert found["notebook"]["path"] == "nbs/experiments/count.ipynb"
 
 
@@ -479,7 +558,7 @@ def test_damaged_and_missing_results_are_made_again(lab):
 
 @needs_snakemake
 def test_nothing_behind_a_failure_counts_as_done(lab):
-    """`alone` runs; what is behind a failed stage keeps its files, but is called stale in summary, report and status."""
+    """`alone` runs; what is behind a failed stage keeps its files, but is stale in summary and report."""
     with (lab / "nbs/experiments/Snakefile").open("a") as snakefile:
         snakefile.write(LAST)
     write_notebook(lab / "nbs/experiments/last.ipynb", ONE_LINE)
@@ -491,10 +570,21 @@ def test_nothing_behind_a_failure_counts_as_done(lab):
     assert done.returncode == 1 and "raised ValueError: length is -1" in done.stderr
     assert "length is -1" in (lab / "runs/demo/count/executed.ipynb").read_text()
     assert reran(lab, before) == {"count", "alone"}
-    states = {line.split()[0]: " ".join(line.split()[1:-1]) for line in done.stdout.splitlines() if line.startswith("  ")}
-    assert states == {"count": "NOT DONE: failed", "total": "NOT DONE: stale", "last": "NOT DONE: stale", "alone": "done"}
+    states = {
+        line.split()[0]: " ".join(line.split()[1:-1])
+        for line in done.stdout.splitlines()
+        if line.startswith("  ")
+    }
+    assert states == {
+        "count": "NOT DONE: failed",
+        "total": "NOT DONE: stale",
+        "last": "NOT DONE: stale",
+        "alone": "done",
+    }
     page = (lab / "runs/demo/report.html").read_text()
-    assert "total, last: made from other code" in page and page.count("done</span>") == 2  # heading and list: `alone`
+    assert (
+        "total, last: made from other code" in page and page.count("done</span>") == 2
+    )  # heading and list: `alone`
     assert make(lab).returncode == 0 and reran(lab, before) == {"count", "total", "last", "alone"}
 
 
@@ -515,7 +605,7 @@ def test_exit_status_and_messages(lab):
 
 @needs_snakemake
 def test_real_data_adds_to_the_stages_that_use_it(lab):
-    """DATA changes only the stage that reads it, whatever its name; other contents of the folder are noticed."""
+    """DATA changes only the stage that reads it, whatever its name; changed contents are noticed."""
     data = lab / "my 'own' sets"
     (data / "TNO").mkdir(parents=True)
     (data / "TNO/one.png").write_text("1")
@@ -530,7 +620,7 @@ def test_real_data_adds_to_the_stages_that_use_it(lab):
     assert planned(lab, "--data", data) == {"total"}
 
 
-# --- runs that were killed -------------------------------------------------------------------------------------
+# --- runs that were killed ----------------------------------------------------------------------------------
 
 
 def start(lab: Path, *arguments) -> subprocess.Popen:
