@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """The house rules that a machine can check: synchrony, lint, documentation, experiments, no foreign paths."""
-=======
-"""The house rules that a machine can check: synchrony, style, documentation, layers, experiments, paths."""
->>>>>>> h/engine
 
 import ast
 import io
@@ -39,11 +35,7 @@ MAX_NOTEBOOK_BYTES = 700_000  # stored figures stay small
 
 
 def project_files() -> list[Path]:
-<<<<<<< HEAD
     """Files of the project, relative to its top: those git knows or would add; without git, all."""
-=======
-    """Files of the project, relative to its top: those git knows or would add, or all when there is no git."""
->>>>>>> h/engine
     try:
         listed = subprocess.run(
             ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True
@@ -125,11 +117,7 @@ def test_readme_is_the_index_notebook():
 
 @pytest.mark.parametrize("module", modules(), ids=short)
 def test_module_has_its_notebook(module):
-<<<<<<< HEAD
     """Every generated module names a notebook that exports it; a deleted notebook leaves no module behind."""
-=======
-    """Every generated module names a notebook that exists and exports it; a deleted one leaves no module."""
->>>>>>> h/engine
     text = module.read_text(encoding="utf-8")
     if GENERATED not in text:
         assert module.name == "__init__.py" and set(text.split()) <= {
@@ -183,49 +171,6 @@ def test_notebook_opens_with_title_and_summary(notebook):
     assert notebook.stat().st_size < MAX_NOTEBOOK_BYTES
 
 
-<<<<<<< HEAD
-=======
-# --- layers -------------------------------------------------------------------------------------------------
-
-
-def imported(source: str) -> set[str]:
-    """Modules of the package that a piece of code names in its imports."""
-    found = set()
-    for node in ast.walk(ast.parse(python(source))):
-        if isinstance(node, ast.Import):
-            found |= {a.name for a in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
-    return {name for name in found if name.startswith("smfnet.")}
-
-
-def layer(notebook: Path) -> str | None:
-    """Numbered folder of a notebook; None for those above all layers (index, experiments)."""
-    folder = notebook.relative_to(NBS).parts[0]
-    return folder if re.match(r"\d\d_", folder) else None
-
-
-LAYER_OF = {name: layer(n) for n in notebooks(experiments=False) if (name := module_of(n))}
-
-
-@pytest.mark.parametrize("notebook", [n for n in notebooks(experiments=False) if layer(n)], ids=short)
-def test_notebook_imports_only_from_lower_layers(notebook):
-    """A notebook builds on its own folder and those before it."""
-    used = {name for cell in cells(notebook) for name in imported(cell["source"]) if name in LAYER_OF}
-    above = sorted(name for name in used if LAYER_OF[name] and LAYER_OF[name] > layer(notebook))
-    assert not above, f"{notebook.parent.name} must not import {', '.join(above)}"
-
-
-def test_layer_check_sees_imports():
-    """The check above reads all forms of import."""
-    assert imported("%time 1\nimport smfnet.a\nfrom smfnet.b import c\nfrom smfnet import d") >= {
-        "smfnet.a",
-        "smfnet.b",
-        "smfnet.d",
-    }
-
-
->>>>>>> h/engine
 def test_no_star_imports():
     """Star imports hide undefined names from the linter."""
     for notebook in [*notebooks(experiments=False), *notebooks(experiments=True)]:
@@ -325,11 +270,7 @@ def foreign_words(text: str) -> list[str]:
 
 
 def test_no_file_names_a_machine():
-<<<<<<< HEAD
     """No file names somebody's folders or a package registry; .ci alone may look beside the clone."""
-=======
-    """No path of a machine and no package registry is written into the project; .ci may look beside the clone."""
->>>>>>> h/engine
     assert foreign_words("cd " + FOREIGN[0]) == FOREIGN[:1]
     texts = {
         p.as_posix(): (ROOT / p).read_bytes().decode("utf-8", errors="ignore")
