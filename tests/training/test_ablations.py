@@ -228,7 +228,8 @@ def test_a_kept_row_of_table_5_is_recomputed(tmp_path, root, one_thread):
       difference by a factor of up to ten at first: over the kept sets of kernels the first three losses
       differ by up to 1e-7, 7e-7 and 4e-6. The limits of 1e-5, 1e-4 and 1e-3 are a hundred times that.
     - After 90 steps little is left of that agreement (losses differ by some per cent), and the metrics
-      scatter as the kept spread over kernels says: the limit is six of its standard deviations.
+      scatter. The limit is half of what training gained over the untrained network, which is more than six
+      standard deviations over kernels: a run that learned something else is noticed, and nothing finer.
     """
     spread = json.loads(ablation_spread.RESULT.read_text(encoding="utf-8"))
     ablation_spread.write_data(tmp_path / "scenes")
@@ -239,15 +240,16 @@ def test_a_kept_row_of_table_5_is_recomputed(tmp_path, root, one_thread):
 
     for i, (loss, before) in enumerate(zip(now["losses"][:3], spread["rows"][0]["losses"])):
         assert abs(loss / before - 1) < 1e-5 * 10**i, f"step {i + 1}: loss {loss} now, {before} kept"
-    deviations = pd.DataFrame([row["means"] for row in spread["rows"]]).std(ddof=1)
     for metric, value in kept.groupby("metric")["value"].mean().items():
-        assert abs(now["means"][metric] - value) <= 6 * deviations[metric], (
-            f"{metric}: {now['means'][metric]} now, {value} kept"
-        )
+        gained, found = value - spread["untrained"][metric], now["means"][metric]
+        assert abs(found - value) < gained / 2, f"{metric}: {found} now, {value} kept"
 
 
 def test_the_kept_spread_says_how_it_was_made():
-    """Six sets of kernels, each with other numbers, all close at first; the processor is named."""
+    """Six sets of kernels, four different results, all close at first; the processor is named.
+
+    PyTorch's kernels for AVX2 and AVX512 give the same result; oneDNN's convolutions make the difference.
+    """
     spread = json.loads(ablation_spread.RESULT.read_text(encoding="utf-8"))
     rows, made = spread["rows"], spread["provenance"]
     assert [row["kernels"] for row in rows] == list(ablation_spread.KERNELS)
@@ -255,7 +257,9 @@ def test_the_kept_spread_says_how_it_was_made():
     losses = torch.tensor([row["losses"] for row in rows], dtype=torch.float64)
     apart = (losses / losses[0] - 1).abs().amax(0)
     assert apart[0] < 1e-6 and apart[1] < 1e-5 and apart[2] < 1e-4, "the limits above are ten times these"
-    assert len({tuple(row["means"].values()) for row in rows}) == len(rows)
+    found = pd.DataFrame([row["means"] for row in rows]).drop_duplicates()
+    gained = found.iloc[0] - pd.Series(spread["untrained"])
+    assert len(found) == 4 and (gained / 2 > 6 * found.std(ddof=1)).all()
 
 
 # --- the notebooks -----------------------------------------------------------------------------------------
