@@ -456,8 +456,9 @@ def test_keep(tmp_path, monkeypatch):
     """Tables, records and the predictions of the drawn scenes; the same predictions are the same bytes."""
     monkeypatch.chdir(tmp_path)
     plan = Plan({"profile": "full", "make": []}, {"input": ["ours"]})
-    for stage, file in (("evaluate", "summary.csv"), ("downstream", "differences.csv"), ("table5", "rows.csv"),
-                        ("detection-ours", "rows.csv"), ("segmentation-ours", "rows.csv")):  # fmt: skip
+    for stage, file in (("evaluate", "summary.csv"), ("downstream", "differences.csv"),
+                        ("table5", "rows.csv"), ("detection-ours", "rows.csv"),
+                        ("segmentation-ours", "rows.csv")):  # fmt: skip
         (tmp_path / f"runs/full/{stage}/predictions").mkdir(parents=True)
         (tmp_path / f"runs/full/{stage}/{file}").write_text(stage)
         (tmp_path / f"runs/full/{stage}/provenance.json").write_text("{}")
