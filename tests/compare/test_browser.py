@@ -8,6 +8,7 @@ import contextlib
 import functools
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -230,14 +231,14 @@ def rgb(image: np.ndarray) -> np.ndarray:
     return np.stack([image] * 3, 2) if image.ndim == 2 else image
 
 
-def alike(seen: np.ndarray, expected: np.ndarray, columns: tuple[float, float]) -> float:
+def alike(seen: np.ndarray, expected: np.ndarray, columns: tuple[float, float], box=None) -> float:
     """Mean difference in levels between a picture on the screen and an image, over a share of the columns.
 
-    Titles and borders are left out. Both are smoothed a little first, since browsers place pictures at
-    fractions of a pixel.
+    Titles and borders are left out; `box` is a part of the image (left, upper, right, lower, in pixels).
+    Both are smoothed a little first, since browsers place pictures at fractions of a pixel.
     """
     h, w = seen.shape[:2]
-    scaled = np.asarray(Image.fromarray(rgb(expected)).resize((w, h), Image.Resampling.BILINEAR))
+    scaled = np.asarray(Image.fromarray(rgb(expected)).resize((w, h), Image.Resampling.BILINEAR, box=box))
     a, b = (ndimage.gaussian_filter(x.astype(float), (2, 2, 0)) for x in (seen, scaled))
     rows, cols = slice(h // 5, h - h // 10), slice(round(columns[0] * w), round(columns[1] * w))
     return float(np.abs(a[rows, cols] - b[rows, cols]).mean())
@@ -293,30 +294,34 @@ def divider_by_keyboard(page) -> None:
     assert handle.get_attribute("role") == "slider"
 
 
+def patch(image: np.ndarray, x: float, y: float) -> tuple[float, float, float, float]:
+    """A quarter of both sides around a point in shares of them: left, upper, right, lower in pixels."""
+    h, w = image.shape[:2]
+    return (x - 0.125) * w, (y - 0.125) * h, (x + 0.125) * w, (y + 0.125) * h
+
+
 def zoom_and_check(page, images: dict[str, np.ndarray]) -> None:
     """Turn the wheel over one picture: all show the same patch; the keyboard moves it and goes back."""
     status = page.locator(".smf-status").first
     frame = pane(page, "visible").locator(".smf-frame")
     frame.scroll_into_view_if_needed()
     area = frame.bounding_box()
-    page.mouse.move(area["x"] + area["width"] / 2, area["y"] + area["height"] / 2)
+    at = [math.floor(area[a] + area[side] / 2) for a, side in (("x", "width"), ("y", "height"))]
+    page.mouse.move(*at)  # whole pixels: a wheel event tells no fractions
     page.mouse.wheel(0, -924.2)  # exp(0.0015 · 924.2) = 4
     until(lambda: status.inner_text().startswith("zoom 4.0×"))
+    # the point below the pointer keeps its place, so the centre moves by three quarters of its offset
+    x = 0.5 + 0.75 * ((at[0] - area["x"]) / area["width"] - 0.5)
+    y = 0.5 + 0.75 * ((at[1] - area["y"]) / area["height"] - 0.5)
     for title, image in images.items():
-        h, w = image.shape[:2]
-        at = lambda y, x: image[round(h * y) : round(h * (y + 0.25)), round(w * x) : round(w * (x + 0.25))]  # noqa: B023
         seen = pixels(pane(page, title).locator(".smf-frame"))
-        differences = {
-            name: alike(seen, at(*place), (0.1, 0.9))
-            for name, place in {
-                "same": (0.375, 0.375),
-                "lower": (0.405, 0.375),
-                "left": (0.375, 0.345),
-            }.items()
-        }
-        assert differences["same"] < 8 and 1.5 * differences["same"] < min(
-            differences["lower"], differences["left"]
-        ), f"{title} shows another patch: {differences}"
+        same, lower, left = (
+            alike(seen, image, (0.1, 0.9), patch(image, x + dx, y + dy))
+            for dx, dy in ((0, 0), (0, 0.03), (-0.03, 0))
+        )
+        assert same < 8 and 1.5 * same < min(lower, left), (
+            f"{title} shows another patch: {same:.1f}; moved {lower:.1f} and {left:.1f}"
+        )
     frame.focus()
     page.keyboard.press("ArrowRight")
     assert "columns 40–65 %" in status.inner_text()
