@@ -240,8 +240,11 @@ def alone() -> bool:
 
 def reproduce(args: argparse.Namespace) -> int:
     """Run Snakemake on what is missing or out of date; a result that was changed by hand is made again."""
-    from snakemake.cli import main as snakemake
-
+    try:
+        from snakemake.cli import main as snakemake
+    except ImportError as e:
+        text = "Snakemake is not installed (it needs Python 3.11); or run the stages one by one by papermill"
+        raise InputError(text) from e
     config = Path(EXPERIMENTS, "config", f"{args.profile}.yaml")
     if not config.is_file():
         names = ", ".join(sorted(p.stem for p in config.parent.glob("*.yaml")))

@@ -16,6 +16,7 @@ from pathlib import Path
 import nbformat
 import papermill
 from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import NoSuchKernel
 from nbclient.exceptions import DeadKernelError
 from pydantic import TypeAdapter, ValidationError
 
@@ -189,6 +190,8 @@ def execute(notebook, executed: Path, params: dict, every: float | None) -> None
         return
     except papermill.PapermillExecutionError as e:
         said = f"{where(notebook, e.source)} raised {e.ename}: {e.evalue}"
+    except NoSuchKernel as e:
+        raise InputError(f"kernel 'python3' is not installed; install ipykernel ({e})") from e
     except DeadKernelError:
         ran = [c for c in code_cells(executed) if c.metadata["papermill"]["status"] != "pending"]
         said = f"{where(notebook, ran[-1].source)} ended the kernel; was there enough memory?"

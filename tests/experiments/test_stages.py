@@ -1,5 +1,6 @@
 """The stage engine with small notebooks: what runs, what does not, what a failure or a kill leaves."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -17,7 +18,8 @@ import yaml
 pytest.importorskip("papermill")
 pytest.importorskip("pydantic")
 
-from reproduce import Plan, keep
+from jupyter_client.kernelspec import NoSuchKernel
+from reproduce import Plan, keep, reproduce
 from stages import NotebookFailure, Progress, check_parameters, fingerprint, parameters, run_notebook
 
 from smfnet.core.checks import InputError
@@ -271,6 +273,22 @@ def test_kernel_that_ends_and_results_that_are_missing(tmp_path):
     assert not (tmp_path / "run/provenance.json").exists()
 
 
+def test_missing_tools_are_named(tmp_path, monkeypatch):
+    """Without a kernel, or without Snakemake, the message says what to install."""
+
+    def no_kernel(*args, **options):
+        raise NoSuchKernel("python3")
+
+    monkeypatch.setattr("papermill.execute_notebook", no_kernel)
+    write_notebook(tmp_path / "a.ipynb", ("x: int = 1  # nothing",))
+    with pytest.raises(InputError, match="kernel 'python3' is not installed; install ipykernel"):
+        run_notebook("a.ipynb", output_dir="run", cwd=tmp_path)
+    monkeypatch.setitem(sys.modules, "snakemake.cli", None)
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(InputError, match="Snakemake is not installed"):
+        reproduce(argparse.Namespace(profile="demo"))
+
+
 def test_progress_is_shown_and_a_complete_notebook_ends_quietly(lab, monkeypatch, capfd):
     """The notebook's own bar becomes a line with the stage's name; the kernel's end leaves no line."""
     monkeypatch.chdir(lab)
@@ -456,9 +474,8 @@ def test_keep(tmp_path, monkeypatch):
     """Tables, records and the predictions of the drawn scenes; the same predictions are the same bytes."""
     monkeypatch.chdir(tmp_path)
     plan = Plan({"profile": "full", "make": []}, {"input": ["ours"]})
-    for stage, file in (("evaluate", "summary.csv"), ("downstream", "differences.csv"),
-                        ("table5", "rows.csv"), ("detection-ours", "rows.csv"),
-                        ("segmentation-ours", "rows.csv")):  # fmt: skip
+    rows = {stage: "rows.csv" for stage in ("table5", "detection-ours", "segmentation-ours")}
+    for stage, file in {"evaluate": "summary.csv", "downstream": "differences.csv", **rows}.items():
         (tmp_path / f"runs/full/{stage}/predictions").mkdir(parents=True)
         (tmp_path / f"runs/full/{stage}/{file}").write_text(stage)
         (tmp_path / f"runs/full/{stage}/provenance.json").write_text("{}")
