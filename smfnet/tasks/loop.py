@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..core.checks import InputError
-from ..core.provenance import atomic_path, sha256
+from ..core.provenance import atomic_path, sha256, sort_header
 from .samples import TaskBatches
 from ..training.trainer import Trainer
 
@@ -143,7 +143,9 @@ def save(
     config = json.dumps(self.config.stored())
     header = {"format": self.format, "config": config, "initial": self.initial, **metadata}
     state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-    with atomic_path(path) as part: save_file(state, part, header)
+    with atomic_path(path) as part:
+        save_file(state, part, header)
+        sort_header(part)
 
 # %% ../../nbs/08_tasks/02_loop.ipynb #40c3357a
 @patch(cls_method=True)
@@ -228,11 +230,6 @@ class TaskTrainer(Trainer):
             accelerator=accelerator,
         )
         self.call = torch.compile(model.loss) if r.compile else model.loss
-
-    @property
-    def steps(self) -> int:  # optimiser steps
-        "Length of the whole run."
-        return self.recipe.epochs[0] * (self.batches // self.recipe.accumulate)
 
 # %% ../../nbs/08_tasks/02_loop.ipynb #37f13873
 @patch

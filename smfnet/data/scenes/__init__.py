@@ -6,8 +6,6 @@
 __all__ = []
 
 # %% ../../../nbs/03_data/scenes/00_scenes.ipynb #5a1b7f01
-from typing import TYPE_CHECKING
-
 from ...core.front_door import front_door
 
 # %% ../../../nbs/03_data/scenes/00_scenes.ipynb #5a1b7f04
@@ -19,8 +17,3 @@ __getattr__, __dir__, __all__ = front_door(__name__, {
     "overlay": "sets",
     "KINDS": "cameras",
 })
-
-# %% ../../../nbs/03_data/scenes/00_scenes.ipynb #5a1b7f0a
-if TYPE_CHECKING:
-    from smfnet.data.scenes.cameras import KINDS
-    from smfnet.data.scenes.sets import Scene, overlay, render_scene, render_set, write_scenes
