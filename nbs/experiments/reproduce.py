@@ -254,13 +254,14 @@ def reproduce(args: argparse.Namespace) -> int:
     given = [f"DATA={json.dumps(os.path.abspath(args.data))}"] if args.data else []
     given += [f"SET={json.dumps(args.set)}"] if args.set else []
     force = [part for record in damaged(args.profile) for part in ("--forcerun", record)]
-    options = ["--snakefile", f"{EXPERIMENTS}/Snakefile", "--configfile", str(config), "--cores", args.cores]
+    options = ["--snakefile", f"{EXPERIMENTS}/Snakefile", "--configfile", str(config)]
     options += ["--keep-going", "--rerun-incomplete", "--max-checksum-file-size", str(2**40)]
     options += ["--config", *given] if given else []
     options += ["--quiet", "host", "rules", "progress", *(["--dry-run"] if args.dry_run else [])]
     if not args.snakemake:  # who passes options of Snakemake wants to read all that it says
         logging.getLogger("snakemake.logging").addFilter(lambda record: record.levelno >= logging.WARNING)
-    return snakemake([*options, *force, *args.snakemake])  # ends the process with its own status
+    last = ["--cores", args.cores]  # takes one value: what follows may be a target
+    return snakemake([*options, *force, *last, *args.snakemake])  # ends the process with its own status
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,4 +17,5 @@ __getattr__, __dir__, __all__ = front_door(__name__, {
     "TrainingError": "trainer",
     "train": "processes",
     "LivePlot": "live",
+    "grow": "growing",
 })

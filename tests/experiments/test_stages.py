@@ -564,6 +564,14 @@ def test_only_what_changed_runs_again(lab):
 
 
 @needs_snakemake
+def test_one_stage_by_name(lab):
+    """ARGS=alone makes that stage and no other; what the dry run names is what runs."""
+    assert planned(lab, "--", "alone") == {"alone"}
+    done = make(lab, "--", "alone")
+    assert done.returncode == 0 and set(stamps(lab)) == {"alone"}, done.stderr
+
+
+@needs_snakemake
 def test_damaged_and_missing_results_are_made_again(lab):
     """A file changed or removed by hand is noticed."""
     assert make(lab).returncode == 0

@@ -1,6 +1,7 @@
 """The package has rooms in one order: folders, modules, imports, front doors and tests follow it."""
 
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -158,3 +159,30 @@ def test_importing_the_package_imports_no_library():
         "smfnet.core",
         "smfnet.core.front_door",
     }
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """pytest imports test files by their base name: two of one name cannot be collected together."""
+    names = [p.name for p in (ROOT / "tests").rglob("*.py") if p.name != "__init__.py"]
+    assert sorted(names) == sorted(set(names))
+
+
+def links(text: str) -> list[str]:
+    """Relative targets of the links and pictures in a piece of markdown."""
+    found = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
+    return [target for target in found if not re.match(r"[a-z]+:", target)]
+
+
+def test_links_are_found():
+    """Anchors are cut off, addresses left out."""
+    text = "[a](b.ipynb) [c](../d/e.ipynb#part) ![f](https://g.h/i.png) [j](#k)"
+    assert links(text) == ["b.ipynb", "../d/e.ipynb"]
+
+
+@pytest.mark.parametrize("notebook", sorted(NBS.rglob("*.ipynb")), ids=short)
+def test_links_between_notebooks_resolve(notebook):
+    """Every relative link leads to a file."""
+    found = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    text = "\n".join("".join(c["source"]) for c in found if c["cell_type"] == "markdown")
+    broken = [target for target in links(text) if not (notebook.parent / target).exists()]
+    assert not broken
