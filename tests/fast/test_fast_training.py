@@ -297,7 +297,8 @@ def test_commands_ask_for_the_allocator(monkeypatch, tmp_path):
 
 def test_the_trainer_asks_for_it(tmp_path):
     from smfnet.data.patches import LoadedPair, PatchSet
-    from smfnet.training.trainer import Trainer, recipe
+    from smfnet.training.recipes import recipe
+    from smfnet.training.trainer import Trainer
 
     noise = np.random.default_rng(0).random((2, 40, 56), np.float32)
     data = PatchSet([LoadedPair("noise", *noise)], patch=16, stride=8)
