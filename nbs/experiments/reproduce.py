@@ -253,14 +253,17 @@ def reproduce(args: argparse.Namespace) -> int:
         return 1
     given = [f"DATA={json.dumps(os.path.abspath(args.data))}"] if args.data else []
     given += [f"SET={json.dumps(args.set)}"] if args.set else []
-    force = [part for record in damaged(args.profile) for part in ("--forcerun", record)]
-    options = ["--snakefile", f"{EXPERIMENTS}/Snakefile", "--configfile", str(config), "--cores", args.cores]
-    options += ["--keep-going", "--rerun-incomplete", "--max-checksum-file-size", str(2**40)]
+    force = damaged(args.profile)
+    options = ["--snakefile", f"{EXPERIMENTS}/Snakefile", "--configfile", str(config)]
+    options += ["--quiet", "host", "rules", "progress"]
     options += ["--config", *given] if given else []
-    options += ["--quiet", "host", "rules", "progress", *(["--dry-run"] if args.dry_run else [])]
+    options += ["--forcerun", *force] if force else []
+    options += ["--dry-run"] if args.dry_run else []
+    options += ["--keep-going", "--rerun-incomplete", "--max-checksum-file-size", str(2**40)]
+    options += ["--cores", args.cores]  # last an option of one value, so that a target may follow
     if not args.snakemake:  # who passes options of Snakemake wants to read all that it says
         logging.getLogger("snakemake.logging").addFilter(lambda record: record.levelno >= logging.WARNING)
-    return snakemake([*options, *force, *args.snakemake])  # ends the process with its own status
+    return snakemake([*options, *args.snakemake])  # ends the process with its own status
 
 
 def main(argv: list[str] | None = None) -> int:
