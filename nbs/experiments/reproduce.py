@@ -172,6 +172,8 @@ def finish(workflow, plan: Plan) -> None:
             reasons = ", ".join(dag.reason(job).get_names())
             print(f"would run {Path(job.params.folder).name}: {reasons}")
         return
+    if not jobs:  # refused before any stage was known
+        return
     records = [record_of(job, dag) for job in jobs]
     absent = ", ".join(f"{name} ({folder})" for name, folder in plan.absent.items())
     notices = [f"Not below {plan.data}, and so in no table or figure: {absent}; {HELP}."] if absent else []
@@ -253,15 +255,17 @@ def reproduce(args: argparse.Namespace) -> int:
         return 1
     given = [f"DATA={json.dumps(os.path.abspath(args.data))}"] if args.data else []
     given += [f"SET={json.dumps(args.set)}"] if args.set else []
-    force = [part for record in damaged(args.profile) for part in ("--forcerun", record)]
+    force = damaged(args.profile)
     options = ["--snakefile", f"{EXPERIMENTS}/Snakefile", "--configfile", str(config)]
-    options += ["--keep-going", "--rerun-incomplete", "--max-checksum-file-size", str(2**40)]
+    options += ["--quiet", "host", "rules", "progress"]
     options += ["--config", *given] if given else []
-    options += ["--quiet", "host", "rules", "progress", *(["--dry-run"] if args.dry_run else [])]
+    options += ["--forcerun", *force] if force else []
+    options += ["--dry-run"] if args.dry_run else []
+    options += ["--keep-going", "--rerun-incomplete", "--max-checksum-file-size", str(2**40)]
+    options += ["--cores", args.cores]  # last an option of one value, so that a target may follow
     if not args.snakemake:  # who passes options of Snakemake wants to read all that it says
         logging.getLogger("snakemake.logging").addFilter(lambda record: record.levelno >= logging.WARNING)
-    last = ["--cores", args.cores]  # takes one value: what follows may be a target
-    return snakemake([*options, *force, *last, *args.snakemake])  # ends the process with its own status
+    return snakemake([*options, *args.snakemake])  # ends the process with its own status
 
 
 def main(argv: list[str] | None = None) -> int:
