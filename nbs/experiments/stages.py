@@ -140,8 +140,9 @@ class Manager(AsyncKernelManager):
     held = ()  # open locks, which the kernel gets too: a stage lasts as long as its kernel
 
     async def start_kernel(self, **options):
-        """Start the kernel with the locks of this process."""
-        return await super().start_kernel(pass_fds=self.held, **options)
+        """Start the kernel with the locks of this process; it shows progress as lines."""
+        env = {**os.environ, "SMFNET_PROGRESS": "lines", "TQDM_MININTERVAL": "5"}
+        return await super().start_kernel(pass_fds=self.held, env=env, **options)
 
     async def shutdown_kernel(self, now=False, restart=False):
         """Ask the kernel to end; kill it if it does not."""
@@ -179,7 +180,6 @@ def where(notebook, source: str) -> str:
 
 def execute(notebook, executed: Path, params: dict, every: float | None) -> None:
     """Run a notebook with papermill; `NotebookFailure` names the cell that stopped it."""
-    os.environ.setdefault("TQDM_MININTERVAL", "5")
     options = {"kernel_manager_class": Manager, "extra_arguments": ["--log-level=ERROR"]}
     if every is not None:
         options["stderr_file"] = Progress(executed.parent.name, every)

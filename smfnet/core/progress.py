@@ -6,6 +6,7 @@
 __all__ = ['EVERY', 'lines', 'redrawn', 'track']
 
 # %% ../../nbs/00_core/04_progress.ipynb #9db6a55f
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -43,7 +44,8 @@ def lines(
 
 # %% ../../nbs/00_core/04_progress.ipynb #d624961e
 def redrawn() -> bool:
-    "Whether a bar can be drawn over itself: on a terminal, or as a widget in a notebook."
+    "Whether a bar can be drawn over itself: on a terminal, or as a widget in a notebook with a reader."
+    if os.environ.get("SMFNET_PROGRESS") == "lines": return False
     return sys.stderr.isatty() or any(c.__module__ == "tqdm.notebook" for c in tqdm.__mro__)
 
 # %% ../../nbs/00_core/04_progress.ipynb #a3cc3fbb
