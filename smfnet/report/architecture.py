@@ -127,7 +127,7 @@ def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float]) -> No
 # %% ../../nbs/09_report/05_architecture.ipynb #029cc4e1
 def _diagram(ax: Axes, table: pd.DataFrame, stage: int) -> None:
     "Blocks and arrows of one stage."
-    used = {block for arrow in ARROWS[stage] for block in arrow}
+    used = dict.fromkeys(block for arrow in ARROWS[stage] for block in arrow)  # in a fixed order
     for name in used:
         x, y, label = BLOCKS[name]
         _block(ax, x, y, label, table.loc[name], _FILL[name.split(".")[0]])
