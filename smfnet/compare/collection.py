@@ -18,7 +18,8 @@ from fastcore.basics import patch
 from PIL import Image
 
 from ..core.checks import InputError
-from ..data.images import read_pixels, to_levels
+from ..data.images import to_levels
+from ..data.pixels import read_pixels
 from ..data.pairs import Content, PairSet, get_pairs
 from ..data.registry import find_set
 from ..fusion.baselines import BASELINES

@@ -24,7 +24,7 @@ from .panel import Panel, watch
 from .swipe import COMMON_CSS, COMMON_JS, Swipe
 from .zoom import LinkedZoom
 from ..core.checks import InputError
-from ..data.images import EXTENSIONS
+from ..data.pixels import EXTENSIONS
 from ..data.pairs import Content, Files, PairSet, get_pairs
 
 # %% ../../nbs/10_compare/08_uploads.ipynb #683f6923

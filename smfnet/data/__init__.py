@@ -12,7 +12,8 @@ from ..core.front_door import front_door
 __getattr__, __dir__, __all__ = front_door(__name__, {
     "MFNET_CLASSES": "classes",
     "M3FD_CLASSES": "classes",
-    "find_pairs": "images",
+    "find_pairs": "matching",
+    "read_pixels": "pixels",
     "read_pair": "images",
     "read_image": "images",
     "write_image": "images",

@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from ..core.checks import InputError
 from ..core.progress import track
-from ..data.images import (EXTENSIONS, Pair, Pairs, Picture, check_range, find_pairs, read_pair,
-                                to_levels, write_image)
+from ..data.images import Picture, check_range, read_pair, to_levels, write_image
+from ..data.matching import Pair, Pairs, find_pairs
+from ..data.pixels import EXTENSIONS
 from ..fast.prepared import prepare_for_inference
 from ..fast.tiles import parse_memory
 from ..network.model import SMFNet

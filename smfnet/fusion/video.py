@@ -25,8 +25,11 @@ from tqdm import tqdm
 from ..core.checks import MIN_SIDE, InputError
 from ..core.progress import track
 from ..core.provenance import atomic_path
-from ..data.images import (EXTENSIONS, Picture, Pixels, _infrared, _visible, check_range, find_source,
-                                list_images, read_pixels, thermal_range, to_levels, write_image)
+from smfnet.data.images import (
+    Picture, _infrared, _visible, check_range, thermal_range, to_levels, write_image,
+)
+from ..data.matching import find_source, list_images
+from ..data.pixels import EXTENSIONS, Pixels, read_pixels
 from .files import _as_model, fuse_pictures
 
 # %% ../../nbs/06_fusion/03_video.ipynb #063e9050

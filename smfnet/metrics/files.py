@@ -12,7 +12,9 @@ import numpy as np
 from PIL import Image
 
 from ..core.checks import InputError
-from ..data.images import EXTENSIONS, list_images, read_pixels, rgb_to_ycbcr, ycbcr_to_rgb
+from ..data.images import rgb_to_ycbcr, ycbcr_to_rgb
+from ..data.matching import list_images
+from ..data.pixels import EXTENSIONS, read_pixels
 
 # %% ../../nbs/07_metrics/08_files.ipynb #1963a916
 def gray_levels(

@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..core.checks import InputError
 from ..fusion.files import fuse_folder
-from ..data.images import find_source
+from ..data.matching import find_source
 from ..metrics import evaluate_folder
 from ..core.provenance import atomic_path, provenance, write_json
 from ..training.trainer import Trainer

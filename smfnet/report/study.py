@@ -18,7 +18,9 @@ import pandas as pd
 from ..fusion.baselines import BASELINES
 from ..core.checks import InputError
 from .figures import salient_box
-from ..data.images import LUMA, find_pairs, find_source, list_images, read_pixels
+from ..data.images import LUMA
+from ..data.matching import find_pairs, find_source, list_images
+from ..data.pixels import read_pixels
 from ..metrics import evaluate_folder
 from ..metrics.comparison import summarise
 from ..metrics.files import match_files, read_gray

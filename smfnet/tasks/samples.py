@@ -17,7 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..core.checks import InputError
-from ..data.images import list_images, read_pixels, ycbcr_to_rgb
+from ..data.images import ycbcr_to_rgb
+from ..data.matching import list_images
+from ..data.pixels import read_pixels
 from ..data.pairs import Boxes, PairSet
 from ..data.classes import M3FD_CLASSES, MFNET_CLASSES
 

@@ -14,9 +14,10 @@ from smfnet.core.provenance import sha256
 from smfnet.data import acquire
 from smfnet.data.acquire import add, unpack, verify
 from smfnet.data.classes import M3FD_CLASSES
-from smfnet.data.images import read_pixels, write_image
+from smfnet.data.images import write_image
 from smfnet.data.pairs import get_pairs
 from smfnet.data.patches import ROADSCENE_SAME_SCENE
+from smfnet.data.pixels import read_pixels
 from smfnet.data.registry import REGISTRY, data_roots, find_set, locate, registry
 
 README_COUNTS = {

@@ -13,17 +13,16 @@ from PIL import Image
 from smfnet.core.checks import InputError
 from smfnet.data import images
 from smfnet.data.images import (
-    find_pairs,
-    list_images,
     read_image,
     read_pair,
-    read_pixels,
     rgb_to_ycbcr,
     thermal_range,
     to_levels,
     write_image,
     ycbcr_to_rgb,
 )
+from smfnet.data.matching import find_pairs, list_images
+from smfnet.data.pixels import read_pixels
 
 kornia_rs = pytest.importorskip("kornia_rs")
 rust = getattr(kornia_rs, "io", kornia_rs)
@@ -138,13 +137,14 @@ def test_sixteen_bit_colour_keeps_its_low_byte(tmp_path, kind):
     assert pixels.full == 65535 and read_image(path).bits == 16
 
 
-def test_sixteen_bit_layouts_that_cannot_be_read_are_refused(tmp_path):
+def test_grey_with_alpha_of_sixteen_bits_is_read_and_plain_text_refused(tmp_path):
     import zlib
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    rows = b"".join(b"\0" + noise(20 * 4, seed=i).tobytes() for i in range(20))
+    stored = noise((20, 20, 2), 65536, np.uint16).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in stored)
     header = struct.pack(">IIBBBBB", 20, 20, 16, 4, 0, 0, 0)  # grey and alpha, 16 bits each
     (tmp_path / "la.png").write_bytes(
         b"\x89PNG\r\n\x1a\n"
@@ -153,19 +153,26 @@ def test_sixteen_bit_layouts_that_cannot_be_read_are_refused(tmp_path):
         + chunk(b"IEND", b"")
     )
     (tmp_path / "plain.ppm").write_text("P3\n1 1\n65535\n1 2 65535\n")
-    for name in ("la.png", "plain.ppm"):
-        with pytest.raises(InputError, match=name):
-            read_pixels(tmp_path / name)
+    found = read_pixels(tmp_path / "la.png")
+    assert_array_equal(found.values, stored[..., 0])
+    assert found.notes == ("alpha channel ignored",)
+    with pytest.raises(InputError, match="plain.ppm"):
+        read_pixels(tmp_path / "plain.ppm")
 
 
-def test_unsigned_depths_without_a_reader_are_refused(tmp_path):
+def test_packed_samples_are_read_and_wider_ones_refused(tmp_path):
     plain_tiff(tmp_path / "u16.tif", noise((20, 40)), 16)
     assert read_pixels(tmp_path / "u16.tif").values.dtype == np.uint16  # the hand-made file itself is sound
-    plain_tiff(tmp_path / "u12.tif", noise((20, 36)), 12)
+    packed = noise((20, 12, 3)).astype(np.uint16)  # three bytes hold two samples
+    plain_tiff(tmp_path / "u12.tif", packed.astype(np.uint8).reshape(20, 36), 12)
+    high, middle, low = np.moveaxis(packed, -1, 0)
+    expected = np.stack([high << 4 | middle >> 4, (middle & 15) << 8 | low], -1).reshape(20, 24)
+    found = read_pixels(tmp_path / "u12.tif")
+    assert_array_equal(found.values, expected)
+    assert found.full == 4095
     plain_tiff(tmp_path / "u32.tif", noise((20, 80)), 32)
-    for name in ("u12.tif", "u32.tif"):
-        with pytest.raises(InputError, match=f"{name}.*(16-bit|another)"):
-            read_pixels(tmp_path / name)
+    with pytest.raises(InputError, match="u32.tif.*(16-bit|another)"):
+        read_pixels(tmp_path / "u32.tif")
 
 
 def test_signed_and_float_images(tmp_path):

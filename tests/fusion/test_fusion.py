@@ -12,7 +12,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from smfnet.core.checks import InputError, data_dir, golden_file
-from smfnet.data.images import find_pairs, read_image, read_pair, read_pixels, rgb_to_ycbcr, write_image
+from smfnet.data.images import read_image, read_pair, rgb_to_ycbcr, write_image
+from smfnet.data.matching import find_pairs
+from smfnet.data.pixels import read_pixels
 from smfnet.fusion import files as fusion
 from smfnet.fusion.files import fuse_folder, fuse_pair, fuse_pictures, load_model, pick_device
 from smfnet.network.model import SMFNet

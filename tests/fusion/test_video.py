@@ -19,7 +19,8 @@ from PIL import Image
 from smfnet.cli import main
 from smfnet.core import progress
 from smfnet.core.checks import InputError
-from smfnet.data.images import _save_png, read_pixels, write_image
+from smfnet.data.images import _save_png, write_image
+from smfnet.data.pixels import read_pixels
 from smfnet.fusion import video as module
 from smfnet.fusion.files import fuse_pair
 from smfnet.fusion.video import fuse_video, open_clip, read_ahead

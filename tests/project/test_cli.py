@@ -15,7 +15,7 @@ from PIL import Image
 from smfnet import __version__
 from smfnet.cli import main
 from smfnet.core import progress
-from smfnet.data.images import read_pixels
+from smfnet.data.pixels import read_pixels
 from smfnet.fusion import files as fusion
 from smfnet.network.model import SMFNet
 
