@@ -7,9 +7,11 @@ __all__ = ['evaluate_files', 'evaluate_folder', 'UndefinedWarning', 'to_table', 
            'method_names', 'format_comparison', 'evaluate_command']
 
 # %% ../../nbs/07_metrics/10_folder.ipynb #2c09f172
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -18,33 +20,45 @@ import torch
 
 from ..core.checks import InputError
 from ..core.progress import track
+from ..core.provenance import atomic_path, check_output
+from ..data.pixels import read_pixels
 from .comparison import compare as compare_tables
 from .comparison import summarise
-from .files import match_files, read_gray
+from .files import match_files, to_gray_levels
 from .protocols import METRICS, Protocol, Scores, evaluate, get_protocol
-from ..core.provenance import atomic_path
 
 # %% ../../nbs/07_metrics/10_folder.ipynb #fb30a98b
 def evaluate_files(
     paths: dict[str, Path],  # role (fused, ir, vis) -> file
     protocol: Protocol,  # conventions
+    ranges: Mapping[str, tuple[float, float] | None] | None = None,  # role -> values that become 0 and 255
 ) -> Scores:
     "Read three files as the protocol says and measure them; errors name the files."
-    images = {role: read_gray(path, rounding=protocol.rounding) for role, path in paths.items()}
-    try:
-        return evaluate(**images, protocol=protocol, undefined="report")
+    images, notes, ranges = {}, [], ranges or {}
+    for role, path in paths.items():
+        images[role], remarks = to_gray_levels(
+            path, read_pixels(path), role=role, range=ranges.get(role), rounding=protocol.rounding
+        )
+        notes += [f"{path.name}: {remark}" for remark in remarks]
+    try: scores = evaluate(**images, protocol=protocol, undefined="report")
     except InputError as e:
         raise InputError(f"{paths['fused']}: {e}") from e
+    scores.notes = tuple(notes)
+    return scores
 
 # %% ../../nbs/07_metrics/10_folder.ipynb #48d49318
-def _measured(jobs, protocol, workers) -> Iterator[Scores]:
+def _attempt(paths: dict[str, Path], measure) -> Scores | str:
+    "What was measured, or what is wrong with the files."
+    try: return measure(paths)
+    except InputError as e: return str(e)
+
+def _measured(jobs, measure, workers) -> Iterator[Scores | str]:
     if workers <= 1:
-        yield from (evaluate_files(paths, protocol) for paths in jobs)
+        yield from map(measure, jobs)
         return
     one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
     with ProcessPoolExecutor(workers, get_context("spawn"), **one_thread) as pool:
-        try:
-            yield from pool.map(evaluate_files, jobs, [protocol] * len(jobs))
+        try: yield from pool.map(measure, jobs)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -58,18 +72,42 @@ def evaluate_folder(
     protocol: str | Protocol = "table1",  # conventions
     workers: int = 1,  # processes, one thread each
     progress: bool = True,  # show how far it is
+    strict: bool = True,  # whether one bad file stops everything; else `.attrs["problems"]` names it
+    range: tuple[float, float] | None = None,  # infrared values that became 0 and 1 when fused
+    vis_range: tuple[float, float] | None = None,  # the same of the visible images
+    names: Sequence[str] | None = None,  # patterns of infrared and visible names, see the notebook on matching
+    recursive: bool = False,  # images may lie in subfolders
 ) -> pd.DataFrame:  # one row a stem, one column a metric; NaN only where `.attrs["undefined"]` gives a reason
     "Measure every fused image of a folder; undefined values are listed in `.attrs` and warned about."
-    p = get_protocol(protocol)
-    matched = match_files(fused=fused, ir=ir, vis=vis)
+    p, problems = get_protocol(protocol), None if strict else {}
+    patterns = None if names is None else (names[-1], *names)  # fused images carry the visible name
+    matched = match_files(fused=fused, ir=ir, vis=vis, names=patterns, recursive=recursive, problems=problems)
+    measure = partial(evaluate_files, protocol=p, ranges={"ir": range, "vis": vis_range})
+    if not strict: measure = partial(_attempt, measure=measure)
     jobs = list(matched.values())
-    scores = list(
-        track(
-            _measured(jobs, p, min(workers, len(jobs))), total=len(jobs),
-            desc=f"{Path(fused).name} ({p.name})", unit="image", show=progress,
-        )
+    found = track(
+        _measured(jobs, measure, min(workers, len(jobs))), total=len(jobs),
+        desc=f"{Path(fused).name} ({p.name})", unit="image", show=progress,
     )
-    return to_table(dict(zip(matched, scores, strict=True)), protocol=p.name)
+    return _collected(dict(zip(matched, found, strict=True)), p.name, problems)
+
+# %% ../../nbs/07_metrics/10_folder.ipynb #306d0aec
+def _collected(found: dict[str, Scores | str], protocol: str, problems: dict[str, str] | None) -> pd.DataFrame:
+    "The table of what was measured; `InputError` if that is nothing."
+    scores = {stem: s for stem, s in found.items() if isinstance(s, Scores)}
+    problems = (problems or {}) | {stem: s for stem, s in found.items() if isinstance(s, str)}
+    if not scores and problems:
+        raise InputError(f"nothing could be measured; {_listed(problems, 3)}")
+    table = to_table(scores, protocol=protocol)
+    remarks = {note.partition(": ")[2]: note for s in reversed(scores.values()) for note in s.notes}
+    if problems: table.attrs["problems"] = problems
+    if remarks: table.attrs["notes"] = sorted(remarks.values())  # each remark once, with its first file
+    return table
+
+def _listed(problems: dict[str, str], most: int = 10) -> str:
+    "The first few problems in one text."
+    more = f" (and {len(problems) - most} more)" if len(problems) > most else ""
+    return "; ".join(list(problems.values())[:most]) + more
 
 # %% ../../nbs/07_metrics/10_folder.ipynb #32a4bfc7
 class UndefinedWarning(UserWarning):
@@ -182,6 +220,22 @@ def format_comparison(
     return f"{title}\n{result.to_string(index=False, float_format=_number, na_rep='undefined')}"
 
 # %% ../../nbs/07_metrics/10_folder.ipynb #48dd085b
+def _tell(tables: Mapping[str, pd.DataFrame]) -> int:
+    "Print remarks and what could not be measured to the error stream; how many pairs are missing."
+    for note in dict.fromkeys(note for t in tables.values() for note in t.attrs.get("notes", ())):
+        print(f"note: {note}", file=sys.stderr)
+    problems = [text for t in tables.values() for text in t.attrs.get("problems", {}).values()]
+    if problems: print(f"{len(problems)} could not be measured:", file=sys.stderr)
+    for text in list(dict.fromkeys(problems))[:20]: print(f"  {text}", file=sys.stderr)
+    return len(problems)
+
+def _common(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    "The rows that all methods have."
+    first, *others = tables.values()
+    stems = [s for s in first.index if all(s in t.index for t in others)]
+    return {name: t.loc[stems] for name, t in tables.items()}
+
+# %% ../../nbs/07_metrics/10_folder.ipynb #0479268f
 def evaluate_command(
     fused: str | Path,  # folder of fused images
     ir: str | Path,  # folder of infrared images
@@ -191,16 +245,19 @@ def evaluate_command(
     csv: str | Path | None = None,  # where to write the values of all images
     compare: Sequence[str | Path] = (),  # folders of fused images of other methods
     workers: int = 1,  # processes, one thread each
-) -> int:  # exit status
+    **reading,  # `range`, `vis_range`, `names`, `recursive` of `evaluate_folder`
+) -> int:  # exit status: 0, or 1 if a pair could not be measured
     "The work of `smfnet evaluate`: measure, print means and comparisons, write a CSV file."
     names = method_names([fused, *compare])
+    if csv: check_output(csv)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UndefinedWarning)  # the summary states them
+        options = dict(protocol=protocol, workers=workers, strict=False, **reading)
         tables = {
-            name: evaluate_folder(fused=folder, ir=ir, vis=vis, protocol=protocol, workers=workers)
+            name: evaluate_folder(fused=folder, ir=ir, vis=vis, **options)
             for name, folder in zip(names, (fused, *compare), strict=True)
         }
     if csv: write_csv(tables, csv)
     print(format_summary(tables))
-    if compare: print(format_comparison(tables))
-    return 0
+    if compare: print(format_comparison(_common(tables)))
+    return 1 if _tell(tables) else 0

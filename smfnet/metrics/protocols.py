@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.checks import InputError
+from ..core.checks import MIN_SIDE, InputError
 from .information import entropy, mutual_information
 from .qabf import qabf
 from .statistics import average_gradient, scd, spatial_frequency, standard_deviation
@@ -85,15 +85,18 @@ def get_protocol(
     return PROTOCOLS[protocol]
 
 # %% ../../nbs/07_metrics/07_protocols.ipynb #0de0d2aa
+def _vif(p: Protocol, f: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    "VIF of a batch, NaN for pictures too small for its four scales."
+    if min(f.shape[-2:]) < VIF_MIN_SIDE: return f.new_full((len(f),), float("nan"), dtype=torch.float64)
+    return vif(fused=f, ir=a, vis=b, reference=p.vif_reference, drop_negative=p.vif_drop_negative)
+
 METRICS: dict[str, Callable[..., Tensor]] = {
     "EN": lambda p, f, a, b: entropy(f, unit=p.en_unit),
     "SD": lambda p, f, a, b: standard_deviation(f),
     "SF": lambda p, f, a, b: spatial_frequency(f, mean_over=p.sf_mean),
     "MI": lambda p, f, a, b: mutual_information(fused=f, ir=a, vis=b, unit=p.mi_unit),
     "SCD": lambda p, f, a, b: scd(fused=f, ir=a, vis=b),
-    "VIF": lambda p, f, a, b: vif(
-        fused=f, ir=a, vis=b, reference=p.vif_reference, drop_negative=p.vif_drop_negative
-    ),
+    "VIF": _vif,
     "Qabf": lambda p, f, a, b: qabf(fused=f, ir=a, vis=b, fold=p.qabf_fold, border=p.qabf_border),
     "AG": lambda p, f, a, b: average_gradient(f, half=p.ag_half),
     "SSIM": lambda p, f, a, b: ssim(
@@ -126,10 +129,10 @@ def measure(
     if any(i.ndim != 4 or i.shape[1] != 1 or i.shape != images[0].shape for i in images):
         found = ", ".join(str(tuple(i.shape)) for i in images)
         raise InputError(f"fused, ir, vis: expected one shape B×1×H×W, found {found}")
-    if min(images[0].shape[-2:]) < VIF_MIN_SIDE:
-        height, width = images[0].shape[-2:]
+    height, width = images[0].shape[-2:]
+    if min(height, width) < MIN_SIDE:
         raise InputError(
-            f"VIF has no value for {height}×{width} pixels; both sides need at least {VIF_MIN_SIDE}"
+            f"{height}×{width} pixels are too few; both sides need at least {MIN_SIDE}, for VIF {VIF_MIN_SIDE}"
         )
     if images[0].device.type != "cpu": return {name: metric(p, *images) for name, metric in METRICS.items()}
     with one_thread():
@@ -181,9 +184,10 @@ class Scores(dict):
         *,
         protocol: str,  # name of the protocol
         undefined: dict[str, str] | None = None,  # metric name -> why it has no value
+        notes: tuple[str, ...] = (),  # remarks on how the files were read
     ):
         super().__init__(values)
-        self.protocol, self.undefined = protocol, undefined or {}
+        self.protocol, self.undefined, self.notes = protocol, undefined or {}, tuple(notes)
 
     def __repr__(self):
         values = [f"{k} {v:.4f}" for k, v in self.items()] + [
@@ -191,10 +195,11 @@ class Scores(dict):
         ]
         return f"{self.protocol}: " + ", ".join(values)
 
-    def __reduce__(self): return _scores, (dict(self), self.protocol, self.undefined)
+    def __reduce__(self): return _scores, (dict(self), self.protocol, self.undefined, self.notes)
 
 # %% ../../nbs/07_metrics/07_protocols.ipynb #8f913280
-def _scores(values, protocol, undefined): return Scores(values, protocol=protocol, undefined=undefined)
+def _scores(values, protocol, undefined, notes=()):
+    return Scores(values, protocol=protocol, undefined=undefined, notes=notes)
 
 # %% ../../nbs/07_metrics/07_protocols.ipynb #71df1a32
 def why_undefined(
@@ -205,6 +210,9 @@ def why_undefined(
     vis: Tensor,  # 1×1×H×W
 ) -> str:
     "The reason why a metric has no value for this image."
+    height, width = fused.shape[-2:]
+    if metric == "VIF" and min(height, width) < VIF_MIN_SIDE:
+        return f"{height}×{width} pixels; both sides need at least {VIF_MIN_SIDE}"
     constant = [name for name, x in (("ir", ir), ("vis", vis), ("fused", fused)) if x.min() == x.max()]
     if metric == "SCD":
         constant = constant[:2] if "fused" in constant else constant

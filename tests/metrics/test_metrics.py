@@ -503,10 +503,17 @@ def test_folder_errors_name_files(folders, tmp_path):
     assert "not a folder" in error()
 
 
-def test_small_images_in_a_folder_name_the_file(folders):
-    for folder in folders.values():
-        Image.fromarray(np.eye(40, 64, dtype=np.uint8)).save(folder / "00.png")
-    with pytest.raises(InputError, match="00.png.*41"):
+def test_small_images_lack_only_vif(folders):
+    whole = evaluate_folder(**folders, progress=False)
+    for role, image in zip(("fused", "ir", "vis"), triple(3, 40, 64)):
+        Image.fromarray(image.astype(np.uint8)).save(folders[role] / "00.png")
+    with pytest.warns(UndefinedWarning, match="VIF is undefined for 1 of 3 images .*at least 41"):
+        table = evaluate_folder(**folders, progress=False)
+    assert table.loc["00"].isna().to_dict() == {m: m == "VIF" for m in table.columns}
+    assert table.loc["01":].equals(whole.loc["01":])
+    for role, image in zip(("fused", "ir", "vis"), triple(3, 5, 64)):
+        Image.fromarray(image.astype(np.uint8)).save(folders[role] / "00.png")
+    with pytest.raises(InputError, match="00.png"):
         evaluate_folder(**folders, progress=False)
 
 
