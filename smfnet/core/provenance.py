@@ -134,8 +134,8 @@ def _target(path: str | Path) -> Path:
         mode = os.lstat(target).st_mode
     except (FileNotFoundError, NotADirectoryError): return target
     except (OSError, ValueError) as e:
-        reason = getattr(e, "strerror", None) or e
-        raise InputError(f"{printable(path)}: no file can be called so ({reason}); choose another name") from e
+        why = getattr(e, "strerror", None) or e
+        raise InputError(f"{printable(path)}: no file can be called so ({why}); choose another name") from e
     if stat.S_ISLNK(mode):
         raise InputError(f"{printable(path)}: is a symbolic link that leads to itself; remove it")
     if not stat.S_ISREG(mode):
@@ -155,7 +155,8 @@ def _lock(folder: Path) -> int | None:
         return handle
     except OSError as e:
         os.close(handle)
-        if isinstance(e, BlockingIOError): raise
+        if isinstance(e, BlockingIOError):
+            raise
         return None
 
 # %% ../../nbs/00_core/02_provenance.ipynb #b778b37c
@@ -255,9 +256,11 @@ def atomic_path(
             _sync(part)
             os.replace(part, target)
             if os.name == "posix": _sync(target.parent)
-        except InputError: raise
+        except InputError:
+            raise
         except Exception as e:
-            if (reason := _trouble(e, part.parent)) is None: raise
+            if (reason := _trouble(e, part.parent)) is None:
+                raise
             raise InputError(f"{printable(path)}: {reason}") from e
 
 # %% ../../nbs/00_core/02_provenance.ipynb #92996f73
