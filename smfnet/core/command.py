@@ -110,16 +110,18 @@ def _flush() -> str | None:
 # %% ../../nbs/00_core/05_command.ipynb #8b473e30
 def _ended(work: Callable[[], int], prefix: str) -> int:
     "The status of `work`; an error that is no defect becomes one line and 2."
-    status, trouble = 2, None
+    status, left, trouble = 2, None, None
     try: status = work()
     except BrokenPipeError:
         raise
     except SystemExit as e:  # help, version, or arguments that argparse refused
-        status = e.code
+        left = e
     except Exception as e:
         if (trouble := told(e)) is None:
             raise
     trouble = _flush() or trouble
+    if trouble is None and left is not None:
+        raise left
     if trouble is None: return status
     from smfnet.core.checks import printable
     _say(f"{prefix}: {printable(' '.join(trouble.split()))}")
@@ -131,7 +133,7 @@ def run_command(
     *,
     prefix: str,  # before the line about an error, e.g. "smfnet: error"
 ) -> int:  # exit status, see the table above
-    "Run a command so that it ends in one of the ways of the table; a defect of the program is raised."
+    "Run a command so that it ends as in the table; a defect and argparse's `SystemExit` are raised."
     open_streams()
     try: return _ended(work, prefix)
     except KeyboardInterrupt:
