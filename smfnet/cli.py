@@ -7,19 +7,22 @@ __all__ = ['build_parser', 'run_fuse', 'run_video', 'run_export_onnx', 'run_eval
 
 # %% ../nbs/cli.ipynb #2c47c807
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 
 from . import __version__
+from .core.command import run_command
 from .fast.memory import keep_freed_memory
 
 # %% ../nbs/cli.ipynb #b3d99d4d
 def _count(text: str) -> int:
     "A positive integer, or an error that argparse reports."
-    number = int(text)
+    try: number = int(text)
+    except ValueError: number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a positive whole number")
     return number
 
 # %% ../nbs/cli.ipynb #7ab24a39
@@ -29,7 +32,7 @@ def _memory(text: str) -> int:
     from smfnet.fast.tiles import parse_memory
     try:
         return parse_memory(text)
-    except InputError as e:
+    except (InputError, OverflowError) as e:
         raise argparse.ArgumentTypeError(str(e)) from e
 
 # %% ../nbs/cli.ipynb #ea1bfdf6
@@ -169,7 +172,11 @@ def _data_options(p: argparse.ArgumentParser) -> None:
 # %% ../nbs/cli.ipynb #02a5d25b
 def build_parser() -> argparse.ArgumentParser:
     "The parser of all commands; `args.run` is the function of the chosen one."
-    parser = argparse.ArgumentParser(prog="smfnet", description="Infrared-visible image fusion with SMFNet.")
+    parser = argparse.ArgumentParser(
+        prog="smfnet", description="Infrared-visible image fusion with SMFNet.",
+        epilog="Exit status: 0 all done; 1 something was left out or found; 2 nothing could be done; "
+        "130 interrupted; 141 the reader of the output has stopped.",
+    )
     parser.add_argument("--version", action="version", version=f"smfnet {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, options, run, text in (
@@ -188,7 +195,8 @@ def build_parser() -> argparse.ArgumentParser:
 def _model(args: argparse.Namespace):
     "The model of `_model_options`: a name that the package loads, or an exported network."
     import torch
-    if args.threads: torch.set_num_threads(args.threads)
+    threads = args.threads and min(args.threads, os.cpu_count() or 1)  # more make nothing faster
+    if threads: torch.set_num_threads(threads)
     if not args.weights.lower().endswith(".onnx"): return args.weights
     from smfnet.core.checks import InputError
     from smfnet.fusion.onnx import OnnxModel
@@ -202,7 +210,7 @@ def _model(args: argparse.Namespace):
             f"{args.weights}: exported networks have no --max-memory; "
             "leave it out, or give the weights themselves"
         )
-    return OnnxModel(args.weights, threads=args.threads)
+    return OnnxModel(args.weights, threads=threads)
 
 # %% ../nbs/cli.ipynb #13e9683b
 def run_fuse(
@@ -247,7 +255,9 @@ def run_evaluate(
     args: argparse.Namespace,  # options of `smfnet evaluate`
 ) -> int:  # 0
     "Measure fused images, print the means and write the table."
+    from smfnet.core.provenance import check_output
     from smfnet.metrics import evaluate_command
+    if args.csv: check_output(args.csv)
     return evaluate_command(
         fused=args.fused, ir=args.ir, vis=args.vis, protocol=args.protocol, csv=args.csv,
         compare=args.compare, workers=args.workers,
@@ -312,26 +322,39 @@ def run_data(
     return tasks[args.task](args)
 
 # %% ../nbs/cli.ipynb #d3f14022
-def _attempt(args: argparse.Namespace) -> int:
-    "Run a command; an `InputError` becomes one line."
-    from smfnet.core.checks import InputError
-    try: return args.run(args)
+_PATHS = ("ir", "vis", "fused", "compare", "out", "csv", "weights", "root", "folder", "path", "pictures")
+
+def _checked(name: str, given: str) -> str:
+    "A path among the options, with `~` expanded; `InputError` if it cannot be one."
+    from smfnet.core.checks import InputError, user_path
+    try: path = user_path(given)
     except InputError as e:
-        print(f"smfnet: error: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
+        raise InputError(f"{name}: {e}") from e
+    return str(path) if given.startswith("~") else given
+
+def _check_paths(args: argparse.Namespace) -> None:
+    "Expand and check all paths among the options."
+    for name in _PATHS:
+        given = getattr(args, name, None)
+        if isinstance(given, list): setattr(args, name, [_checked(name, p) for p in given])
+        elif given is not None: setattr(args, name, _checked(name, given))
 
 # %% ../nbs/cli.ipynb #08618e2e
+def _run(argv: Sequence[str] | None) -> int:
+    "All of a command, from its arguments to its status."
+    args = build_parser().parse_args(argv)
+    from smfnet.core.provenance import forget
+    _check_paths(args)
+    forget()
+    if args.run in (run_fuse, run_video): keep_freed_memory()
+    with warnings.catch_warnings():
+        # remarks of libraries on damaged files, for which there are messages of our own
+        warnings.filterwarnings("ignore", module="torch|PIL")
+        return args.run(args)
+
+# %% ../nbs/cli.ipynb #569344dd
 def main(
     argv: Sequence[str] | None = None,  # arguments after the program's name; None: those of the process
-) -> int:  # exit status: 0, 1, 2 or 130
+) -> int:  # exit status: 0, 1, 2, 130 or 141
     "Run the command line; bad input becomes one line on the error stream."
-    args = build_parser().parse_args(argv)
-    if args.run in (run_fuse, run_video): keep_freed_memory()
-    try:
-        with warnings.catch_warnings():
-            # remarks of libraries on damaged files, for which there are messages of our own
-            warnings.filterwarnings("ignore", module="torch|PIL")
-            return _attempt(args)
-    except KeyboardInterrupt:
-        print("smfnet: interrupted; finished files are kept", file=sys.stderr)
-        return 130
+    return run_command(lambda: _run(argv), prefix="smfnet: error")

@@ -6,6 +6,7 @@
 __all__ = ['EVERY', 'lines', 'redrawn', 'track']
 
 # %% ../../nbs/00_core/04_progress.ipynb #9db6a55f
+import contextlib
 import os
 import sys
 import time
@@ -40,7 +41,8 @@ def lines(
         now = clock()
         if now - last < every: continue
         last = now
-        print(_line(desc, unit, done, total, now - start), file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a full log is no reason to stop the work
+            print(_line(desc, unit, done, total, now - start), file=sys.stderr, flush=True)
 
 # %% ../../nbs/00_core/04_progress.ipynb #d624961e
 def redrawn() -> bool:

@@ -11,7 +11,6 @@ import os
 import shutil
 import stat
 import tarfile
-import tempfile
 import time
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -21,11 +20,11 @@ from pathlib import Path, PurePosixPath
 
 from tqdm.auto import tqdm
 
-from ..core.checks import InputError
+from ..core.checks import InputError, printable, user_path
 from .images import read_image
 from .pixels import EXTENSIONS, read_pixels
 from .pairs import PairSet, get_pairs
-from ..core.provenance import sha256
+from ..core.provenance import scratch_folder, sha256
 from .registry import DataSet, KnownFile, Split, data_roots, find_set, locate, registry, write_root
 
 # %% ../../nbs/03_data/07_acquire.ipynb #fdb46e59
@@ -277,6 +276,9 @@ def unpack(
     except FileExistsError as e:
         raise InputError(f"{archive}: holds the member {path.as_posix()!r} twice; download it again") from e
     except DAMAGE as e:  # RuntimeError: a method of compression that is not supported
+        if reason := getattr(e, "errno", None) and e.strerror:  # the system's, and so not the archive's
+            fix = "free some space or choose another --root"
+            raise InputError(f"{archive}: cannot be unpacked into {folder} ({reason}); {fix}") from e
         raise InputError(f"{archive}: damaged or incomplete ({e}); download it again") from e
     return count
 
@@ -297,7 +299,7 @@ def _writing(root: Path, need: int = 0) -> Iterator[Path]:
         finally:
             if not any((root / STAGE).iterdir()): (root / STAGE).rmdir()
     except OSError as e:
-        problem = f"{e.filename or root}: cannot write ({e.strerror})"
+        problem = f"{printable(e.filename or root)}: cannot write ({e.strerror or e})"
         raise InputError(f"{problem}; choose another --root or free some space") from e
 
 # %% ../../nbs/03_data/07_acquire.ipynb #c3a20a0e
@@ -474,12 +476,12 @@ def add(
     root: str | Path | None = None,  # where sets are written; default: data/
 ) -> Outcome:
     "Import a data set from an archive or a folder, all of a split or nothing; `InputError` if nothing fits."
-    d, source, root, outcome = find_set(name), Path(source).expanduser(), write_root(root), Outcome()
+    d, source, root, outcome = find_set(name), user_path(source), write_root(root), Outcome()
     if d.access == "rendered":
         raise InputError(f"{d.name}: is rendered on demand; nothing needs to be added")
     if not source.exists():
         raise InputError(f"{source}: no such file or folder; give the archive or folder that you downloaded")
-    with _writing(root) as staging, tempfile.TemporaryDirectory(dir=staging, prefix="add-") as scratch:
+    with _writing(root) as staging, scratch_folder(staging) as scratch:
         tree, stage = source, Path(scratch, "stage")
         if source.is_file(): unpack(source, tree := Path(scratch, "tree"))
         found = _by_content(d, tree) if any(s.proven for s in d.splits.values()) and tree.is_dir() else {}

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 import smfnet
-from ..core.checks import InputError
+from ..core.checks import InputError, user_path
 from .matching import find_pairs
 from ..core.provenance import sha256
 
@@ -184,16 +184,16 @@ def data_roots(
     root: str | Path | None = None,  # an explicit root replaces the usual places
 ) -> list[Path]:  # folders to look in, in this order
     "Where data sets are looked for: `root`, or the variable SMFNET_DATA and then data/."
-    if root is not None: return [Path(root).expanduser()]
+    if root is not None: return [user_path(root)]
     named = os.environ.get("SMFNET_DATA")
-    return [*([Path(named).expanduser()] if named else []), Path("data")]
+    return [*([user_path(named)] if named else []), Path("data")]
 
 # %% ../../nbs/03_data/06_registry.ipynb #54571965
 def write_root(
     root: str | Path | None = None,  # None: data/
 ) -> Path:
     "Where data sets are written: an explicit root, or data/."
-    return Path("data" if root is None else root).expanduser()
+    return user_path("data" if root is None else root)
 
 # %% ../../nbs/03_data/06_registry.ipynb #c6ae4bd3
 def locate(

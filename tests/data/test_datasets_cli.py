@@ -1,5 +1,7 @@
 """`smfnet data` as a shell sees it."""
 
+import errno
+import shutil
 import subprocess
 import sys
 
@@ -8,6 +10,8 @@ from datasets_toys import png, scenes
 from test_datasets_registry import make_m3fd
 
 from smfnet.cli import main
+from smfnet.data import acquire
+from smfnet.data.acquire import STAGE
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +81,47 @@ def test_help_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip().endswith("False")
+
+
+SLOW = """
+import shutil, sys, time
+from smfnet.cli import main
+from smfnet.data import acquire
+
+def stall(source, target, **options):
+    print("copying", flush=True)
+    time.sleep(600)
+
+acquire.shutil.copyfile = stall
+main(["data", "add", "M3FD", "down"])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="nothing is locked on Windows")
+def test_a_killed_import_leaves_nothing_for_good(tmp_path, capsys):
+    """Its part of the staging folder stays while it lives; the next import after its death removes it."""
+    make_m3fd(tmp_path / "down")
+    staging = tmp_path / "data" / STAGE
+    with subprocess.Popen([sys.executable, "-c", SLOW], stdout=subprocess.PIPE) as killed:
+        assert killed.stdout.readline() == b"copying\n"
+        (part,) = staging.iterdir()
+        assert main(["data", "add", "M3FD", "none.zip"]) == 2 and part.exists()
+        assert main(["data", "add", "M3FD", "down"]) == 0 and part.exists()  # another run is at work there
+        killed.kill()
+    shutil.rmtree(tmp_path / "data/M3FD")
+    assert main(["data", "add", "M3FD", "down"]) == 0 and not staging.exists()
+
+
+def test_a_full_disk_is_not_a_damaged_archive(tmp_path, capsys, monkeypatch):
+    """The message blames the place, not the download, and nothing is installed."""
+    make_m3fd(tmp_path / "down")
+    archive = shutil.make_archive("m3fd", "zip", tmp_path / "down")
+
+    def full(self, source, target):
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    monkeypatch.setattr(acquire._Budget, "copy", full)
+    assert main(["data", "add", "M3FD", archive]) == 2
+    err = capsys.readouterr().err
+    assert "No space left" in err and "damaged" not in err and err.count("\n") == 1
+    assert not list((tmp_path / "data").iterdir())
