@@ -63,15 +63,32 @@ def _source_options(p: argparse.ArgumentParser, kind: str) -> None:
         )
 
 # %% ../nbs/cli.ipynb #1813c055
-def _fuse_options(p: argparse.ArgumentParser) -> None:
-    _source_options(p, "file or folder")
-    p.add_argument("--out", required=True, metavar="DIR", help="folder that receives <stem>.png")
-    _model_options(p)
+def _reading_options(p: argparse.ArgumentParser) -> None:
+    "How files are read and matched, the same for fusing and measuring."
     p.add_argument(
         "--range", nargs=2, type=float, metavar=("LO", "HI"),
         help="infrared values that become black and white, in the file's units "
-        "(default: robust range for 16-bit images)",
+        "(default: robust range for images of more than 8 bits)",
     )
+    p.add_argument(
+        "--vis-range", nargs=2, type=float, metavar=("LO", "HI"),
+        help="the same of visible images (default: as the file's depth says, unused upper bits left out)",
+    )
+    p.add_argument(
+        "--names", nargs=2, metavar=("IR", "VIS"),
+        help="patterns such as 'IR*' 'VIS*': what the star stands for must agree (default: names agree up to "
+        "the extension and words such as ir and vis)",
+    )
+    p.add_argument("--recursive", action="store_true", help="search subfolders too")
+
+def _fuse_options(p: argparse.ArgumentParser) -> None:
+    _source_options(p, "file or folder")
+    p.add_argument(
+        "--out", required=True, metavar="PATH",
+        help="folder that receives <stem>.png, or for one pair a name that ends in .png",
+    )
+    _model_options(p)
+    _reading_options(p)
     p.add_argument("--stretch", action="store_true", help="stretch each fused image to the full range")
     p.add_argument("--skip-existing", action="store_true", help="leave images alone that are there already")
 
@@ -86,6 +103,7 @@ def _evaluate_options(p: argparse.ArgumentParser) -> None:
         "--compare", nargs="+", default=[], metavar="DIR",
         help="folders of other methods to compare with, pair by pair",
     )
+    _reading_options(p)
     p.add_argument("--workers", type=_count, default=1, metavar="N", help="processes (default: 1)")
 
 # %% ../nbs/cli.ipynb #bf631fc5
@@ -220,7 +238,8 @@ def run_fuse(
     from smfnet.fusion.files import fuse_folder
     report = fuse_folder(
         ir=args.ir, vis=args.vis, out=args.out, model=_model(args), stretch=args.stretch, range=args.range,
-        device=args.device, max_memory=args.max_memory, skip_existing=args.skip_existing,
+        vis_range=args.vis_range, names=args.names, recursive=args.recursive, device=args.device,
+        max_memory=args.max_memory, skip_existing=args.skip_existing,
     )
     print(report.summary(), file=sys.stdout if report.ok else sys.stderr)
     if report.ok: return 0
@@ -253,14 +272,15 @@ def run_export_onnx(
 # %% ../nbs/cli.ipynb #54fa24b2
 def run_evaluate(
     args: argparse.Namespace,  # options of `smfnet evaluate`
-) -> int:  # 0
+) -> int:  # 0, or 1 if a pair could not be measured
     "Measure fused images, print the means and write the table."
     from smfnet.core.provenance import check_output
     from smfnet.metrics import evaluate_command
     if args.csv: check_output(args.csv)
     return evaluate_command(
         fused=args.fused, ir=args.ir, vis=args.vis, protocol=args.protocol, csv=args.csv,
-        compare=args.compare, workers=args.workers,
+        compare=args.compare, workers=args.workers, range=args.range, vis_range=args.vis_range,
+        names=args.names, recursive=args.recursive,
     )
 
 # %% ../nbs/cli.ipynb #8d393014
