@@ -63,6 +63,15 @@ def _source_options(p: argparse.ArgumentParser, kind: str) -> None:
         )
 
 # %% ../nbs/cli.ipynb #1813c055
+def _matching_options(p: argparse.ArgumentParser) -> None:
+    "How files of two folders are matched."
+    p.add_argument(
+        "--names", nargs=2, metavar=("IR", "VIS"),
+        help="patterns such as 'IR*' 'VIS*': what the star stands for must agree (default: names agree up to "
+        "the extension and words such as ir and vis)",
+    )
+    p.add_argument("--recursive", action="store_true", help="search subfolders too")
+
 def _reading_options(p: argparse.ArgumentParser) -> None:
     "How files are read and matched, the same for fusing and measuring."
     p.add_argument(
@@ -74,12 +83,8 @@ def _reading_options(p: argparse.ArgumentParser) -> None:
         "--vis-range", nargs=2, type=float, metavar=("LO", "HI"),
         help="the same of visible images (default: as the file's depth says, unused upper bits left out)",
     )
-    p.add_argument(
-        "--names", nargs=2, metavar=("IR", "VIS"),
-        help="patterns such as 'IR*' 'VIS*': what the star stands for must agree (default: names agree up to "
-        "the extension and words such as ir and vis)",
-    )
-    p.add_argument("--recursive", action="store_true", help="search subfolders too")
+    _matching_options(p)
+
 
 def _fuse_options(p: argparse.ArgumentParser) -> None:
     _source_options(p, "file or folder")
@@ -175,6 +180,7 @@ def _check_task(tasks) -> None:
     )
     for side, text in (("ir", "infrared"), ("vis", "visible")):
         check.add_argument(f"--{side}", metavar="DIR", help=f"{text} folder, instead of DIR")
+    _matching_options(check)
     check.add_argument(
         "--tolerance", type=float, default=3.0, metavar="PIXELS",
         help="displacement that is accepted (default: 3)",
@@ -325,7 +331,10 @@ def _check_data(args: argparse.Namespace) -> int:
 
     from smfnet.data.pair_check import check_pairs
     from smfnet.data.pairs import get_pairs
-    pairs = get_pairs(Path(args.folder) if args.folder else None, ir=args.ir, vis=args.vis, strict=False)
+    pairs = get_pairs(
+        Path(args.folder) if args.folder else None, ir=args.ir, vis=args.vis, strict=False, names=args.names,
+        recursive=args.recursive,
+    )
     report = check_pairs(pairs, tolerance=args.tolerance, pictures=args.pictures)
     print(*report.lines(), sep="\n")
     return 1 if report.findings else 0

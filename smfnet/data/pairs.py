@@ -395,14 +395,14 @@ def _registered(d: DataSet, s: Split, root) -> tuple[Pairs, list[str]]:
     return found, notes
 
 # %% ../../nbs/03_data/08_pairs.ipynb #3d3bcd16
-def _own(name, ir, vis, root) -> tuple[Pairs, Path]:
+def _own(name, ir, vis, **matching) -> tuple[Pairs, Path]:
     "Pairs of a user's own folders."
     if name is not None and (ir or vis):
         raise InputError("give either the name of a set or folder, or ir= and vis=")
     if name is None and not (ir and vis):
         raise InputError("give the name of a set, a folder that holds ir/ and vi/, or ir= and vis=")
     folder = Path(name if name is not None else ir).expanduser()
-    found = find_pairs(ir=ir or folder, vis=vis or folder)
+    found = find_pairs(ir=ir or folder, vis=vis or folder, **matching)
     return _with_extras(found, folder if name is not None else folder.parent), folder
 
 # %% ../../nbs/03_data/08_pairs.ipynb #ce300088
@@ -425,13 +425,15 @@ def get_pairs(
     leave_out: Iterable[str] = (),  # stems to skip; every one must exist
     strict: bool = True,  # problems are errors; False: they are left out and listed in .problems
     memory: int = 512 << 20,  # bytes of decoded images to remember
+    names: Sequence[str] | None = None,  # patterns of infrared and visible names of your own folders
+    recursive: bool = False,  # your own images may lie in subfolders
 ) -> PairSet:  # sorted by stem
     "The pairs of a set or of your own folders, read lazily; `InputError` names what is missing or doubled."
     if name is None or _is_folder(name):
         if split is not None:
             hint = "for a folder name the folder of the split"
             raise InputError(f"split: {split!r} belongs to sets of the registry; {hint}")
-        (found, folder), notes = _own(name, ir, vis, root), []
+        (found, folder), notes = _own(name, ir, vis, names=names, recursive=recursive), []
         label = str(folder)
     else:
         if ir or vis:

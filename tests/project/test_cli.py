@@ -89,7 +89,8 @@ def test_options_reach_the_fusion(place, monkeypatch):
         return fusion.FusionReport(Path("out"))
 
     monkeypatch.setattr(fusion, "fuse_folder", record)
-    assert main(f"{FUSE} --range -3.5 40 --stretch --max-memory 2GB --skip-existing".split()) == 0
+    options = "--range -3.5 40 --vis-range 0 4095 --names IR* VIS* --recursive --stretch --max-memory 2GB"
+    assert main(f"{FUSE} {options} --skip-existing".split()) == 0
     assert seen == {
         "ir": "ir",
         "vis": "vi",
@@ -97,6 +98,9 @@ def test_options_reach_the_fusion(place, monkeypatch):
         "model": "w.safetensors",
         "device": "cpu",
         "range": [-3.5, 40.0],
+        "vis_range": [0, 4095],
+        "names": ["IR*", "VIS*"],
+        "recursive": True,
         "stretch": True,
         "max_memory": 2 * 10**9,
         "skip_existing": True,
