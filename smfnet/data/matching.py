@@ -84,15 +84,15 @@ def find_source(
 WORDS = {  # that name a modality in a file's name
     "ir": ("infrared", "thermal", "lwir", "tir", "ir"),
     "vis": ("visible", "colour", "color", "rgb", "vis", "vi"),
-    "fused": ("fused", "fusion", "fuse"),
 }
+_OTHER = ("fused", "fusion", "fuse", *WORDS["ir"], *WORDS["vis"])  # a fused image may be named after both
 
 def without_word(
     stem: str,  # name of a file, without extension
-    role: str,  # a key of `WORDS`
+    role: str,  # "ir", "vis" or another, such as "fused"
 ) -> str:  # the same without the words of that role, separators tidied
     "What remains of a name without the word for its modality."
-    word = rf"(?<![^\W\d_])(?:{'|'.join(WORDS[role])})(?![^\W\d_])"
+    word = rf"(?<![^\W\d_])(?:{'|'.join(WORDS.get(role, _OTHER))})(?![^\W\d_])"
     rest = re.sub(word, " ", stem, flags=re.IGNORECASE)
     return re.sub(r"[-_. ]+", "_", rest).strip("_")
 
