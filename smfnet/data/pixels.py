@@ -141,7 +141,7 @@ def _unsigned(values: np.ndarray, page) -> tuple[np.ndarray, float]:
     top = 2**bits - 1
     if page.photometric == _WHITE_IS_ZERO: values = top - values.astype(np.uint16)
     if bits > 8: return values.astype(np.uint16), float(top)
-    return (values.astype(np.uint16) * 255 // top).astype(np.uint8), 255.0
+    return ((values.astype(np.uint16) * 255 + top // 2) // top).astype(np.uint8), 255.0
 
 # %% ../../nbs/03_data/02_pixels.ipynb #c5971d8b
 def _tiff_samples(page) -> Pixels:
