@@ -90,7 +90,7 @@ class Picture:
         return self.luminance.shape
 
 # %% ../../nbs/03_data/03_images.ipynb #9e03ce64
-COLOUR_TOLERANCE = 12 / 255  # of white; channels of grey pictures saved as JPEG stay closer in nearly all pixels
+COLOUR_TOLERANCE = 12 / 255  # of white; the channels of grey JPEGs stay closer in nearly all pixels
 
 def _is_grey(values: np.ndarray) -> bool:
     "Whether there is one channel, or all channels are equal."
@@ -109,8 +109,9 @@ def _used_white(px: Pixels) -> tuple[float, tuple[str, ...]]:
     top = int(px.values.max())
     if px.full != 65535 or top >= 2**14 or not (px.values % 257).any(): return px.full, ()
     bits = next(b for b in (8, 10, 12, 14) if top < 2**b)
-    note = f"visible image uses {bits} of 16 bits, so {2**bits - 1} is taken as white (--vis-range says otherwise)"
-    return float(2**bits - 1), (note,)
+    white = 2**bits - 1
+    note = f"visible image uses {bits} of 16 bits, so {white} is taken as white (--vis-range says otherwise)"
+    return float(white), (note,)
 
 def visible_range(
     path: str | Path,  # named in errors

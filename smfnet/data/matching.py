@@ -46,8 +46,9 @@ def list_images(
     found: dict[str, list[Path]] = {}
     for path in sorted(Path(folder).rglob("*") if recursive else Path(folder).iterdir()):
         inside = path.relative_to(folder)
-        if path.suffix.lower() not in EXTENSIONS or any(part.startswith(".") for part in inside.parts): continue
-        if path.is_file(): found.setdefault(inside.with_suffix("").as_posix(), []).append(path)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if path.suffix.lower() in EXTENSIONS and not hidden and path.is_file():
+            found.setdefault(inside.with_suffix("").as_posix(), []).append(path)
     return found
 
 # %% ../../nbs/03_data/04_matching.ipynb #7d5dfbfb
@@ -165,10 +166,9 @@ def _problem(key: str, group: dict[str, list[Path]], places: dict[str, Path]) ->
 # %% ../../nbs/03_data/04_matching.ipynb #2d8add94
 def _nothing_agrees(listed: dict[str, dict[str, list[Path]]], places: dict[str, Path]) -> InputError:
     "One message for two folders without a single pair."
-    few = {side: ", ".join(list(files)[:2]) + (" …" if len(files) > 2 else "") for side, files in listed.items()}
+    few = [f"{places[side]} ({', '.join([*list(files)[:2], '…'][:len(files)])})" for side, files in listed.items()]
     return InputError(
-        f"{places['ir']} ({few['ir']}) and {places['vis']} ({few['vis']}): no two names belong together; names "
-        "pair when they agree up to the extension and words such as ir and vis; say how they are built, "
+        f"{' and '.join(few)}: no two names belong together; names pair when they agree up to the extension and words such as ir and vis; say how they are built, "
         "e.g. --names 'cam1_*' 'cam2_*'"
     )
 
@@ -177,7 +177,7 @@ def _stem(path: Path, place: Path) -> str:
 
 def _match(listed, places: dict[str, Path], names) -> Pairs:
     "Match by name; anything that is not exactly one file on each side becomes a problem."
-    result, wanted = Pairs(), {p for p in places.values() if p.is_file()}  # of one file, only its group counts
+    result, wanted = Pairs(), {p for p in places.values() if p.is_file()}  # a file's own group counts
     for key, group in sorted(match_names(listed, names).items()):
         if not wanted <= {f for files in group.values() for f in files}: continue
         side = "vis" if "vis" in group else "ir"

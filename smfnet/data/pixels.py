@@ -84,7 +84,7 @@ def _deep_pnm(path: Path, im: Image.Image) -> Pixels:
 
 # %% ../../nbs/03_data/02_pixels.ipynb #afd6f53d
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
-_BY_PILLOW = {_CMYK: "CMYK", _YCBCR: "YCbCr", 8: "CIELab"}  # photometric interpretations that need a conversion
+_BY_PILLOW = {_CMYK: "CMYK", _YCBCR: "YCbCr", 8: "CIELab"}  # they need a conversion
 _UNSIGNED, _SIGNED, _FLOAT = 1, 2, 3
 
 def _word(tag) -> str:
@@ -148,8 +148,9 @@ def _tiff_samples(page) -> Pixels:
     "Samples of one page by its tags."
     values, orientation = page.asarray(), page.tags.valueof(ORIENTATION, 1)
     if page.samplesperpixel > 1 and page.planarconfig == 2: values = np.moveaxis(values, 0, -1)
-    mode, colours = f"{_word(page.photometric)};{page.bitspersample}", values.shape[-1] - len(page.extrasamples)
+    mode = f"{_word(page.photometric)};{page.bitspersample}"
     if page.extrasamples:
+        colours = values.shape[-1] - len(page.extrasamples)
         values = values[..., :colours]
         if colours == 1: values = values[..., 0]
     notes = ("alpha channel ignored",) if page.extrasamples else ()

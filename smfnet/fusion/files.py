@@ -225,8 +225,9 @@ class FusionReport:
         skipped = f", {len(self.skipped)} were there already" if self.skipped else ""
         lines = [f"{len(self.written)} of {total} pairs fused into {self.out}{skipped}"]
         if self.problems: lines.append(f"{len(self.problems)} could not be fused:")
-        lines += [f"  {printable(stem)}: {text}" for stem, text in sorted(self.problems.items())[:MOST_PROBLEMS]]
-        if len(self.problems) > MOST_PROBLEMS: lines.append(f"  and {len(self.problems) - MOST_PROBLEMS} more")
+        first, more = sorted(self.problems.items())[:MOST_PROBLEMS], len(self.problems) - MOST_PROBLEMS
+        lines += [f"  {printable(stem)}: {text}" for stem, text in first]
+        if more > 0: lines.append(f"  and {more} more")
         return "\n".join(lines)
 
 # %% ../../nbs/06_fusion/02_files.ipynb #8bc620a1

@@ -75,7 +75,7 @@ def evaluate_folder(
     strict: bool = True,  # whether one bad file stops everything; else `.attrs["problems"]` names it
     range: tuple[float, float] | None = None,  # infrared values that became 0 and 1 when fused
     vis_range: tuple[float, float] | None = None,  # the same of the visible images
-    names: Sequence[str] | None = None,  # patterns of infrared and visible names, see the notebook on matching
+    names: Sequence[str] | None = None,  # patterns of infrared and visible names, e.g. ("IR*", "VIS*")
     recursive: bool = False,  # images may lie in subfolders
 ) -> pd.DataFrame:  # one row a stem, one column a metric; NaN only where `.attrs["undefined"]` gives a reason
     "Measure every fused image of a folder; undefined values are listed in `.attrs` and warned about."
@@ -92,7 +92,7 @@ def evaluate_folder(
     return _collected(dict(zip(matched, found, strict=True)), p.name, problems)
 
 # %% ../../nbs/07_metrics/10_folder.ipynb #306d0aec
-def _collected(found: dict[str, Scores | str], protocol: str, problems: dict[str, str] | None) -> pd.DataFrame:
+def _collected(found: dict[str, Scores | str], protocol: str, problems: dict | None) -> pd.DataFrame:
     "The table of what was measured; `InputError` if that is nothing."
     scores = {stem: s for stem, s in found.items() if isinstance(s, Scores)}
     problems = (problems or {}) | {stem: s for stem, s in found.items() if isinstance(s, str)}

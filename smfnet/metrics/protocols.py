@@ -132,7 +132,7 @@ def measure(
     height, width = images[0].shape[-2:]
     if min(height, width) < MIN_SIDE:
         raise InputError(
-            f"{height}×{width} pixels are too few; both sides need at least {MIN_SIDE}, for VIF {VIF_MIN_SIDE}"
+            f"{height}×{width} pixels are too few; both sides need {MIN_SIDE} or more, for VIF {VIF_MIN_SIDE}"
         )
     if images[0].device.type != "cpu": return {name: metric(p, *images) for name, metric in METRICS.items()}
     with one_thread():

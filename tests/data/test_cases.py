@@ -1,5 +1,5 @@
-"""Small inputs from the field, each with its right result. The files lie in tests/cases; those of videos, weights
-and terminals are tested beside their own rooms."""
+"""Small inputs from the field, each with its right result. Files: tests/cases; those of videos, weights and
+terminals are tested beside their own rooms."""
 
 import shutil
 from pathlib import Path
