@@ -4,21 +4,19 @@
 
 # %% auto #0
 __all__ = ['LUMA', 'ROBUST', 'COLOUR_TOLERANCE', 'rgb_to_ycbcr', 'ycbcr_to_rgb', 'thermal_range', 'check_range', 'Picture',
-           'visible_range', 'read_image', 'read_pair', 'to_levels', 'write_image']
+           'visible_white', 'visible_range', 'read_image', 'common_range', 'read_pair', 'to_levels', 'write_image']
 
 # %% ../../nbs/03_data/03_images.ipynb #d3c121d1
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from ..core.checks import MIN_SIDE, InputError
 from ..core.provenance import atomic_path
-from .pixels import EXTENSIONS, Pixels, read_pixels
+from .pixels import Pixels, read_pixels, used_white
 
 # %% ../../nbs/03_data/03_images.ipynb #51f27b4f
 LUMA = (0.299, 0.587, 0.114)  # weights of R, G, B in the luminance
@@ -96,20 +94,26 @@ def _is_grey(values: np.ndarray) -> bool:
     "Whether there is one channel, or all channels are equal."
     return values.ndim == 2 or bool((values[..., :1] == values).all())
 
+def _scale_of(px: Pixels) -> float:
+    "White of the bits that are used; where the format defines none, what the values span."
+    if px.full is None: return float(np.ptp(px.values))
+    return used_white(px.values) if px.full == 65535 else px.full
+
 def _is_painted(px: Pixels) -> bool:
     "Whether the channels disagree in more than 1 % of the pixels by more than a grey JPEG's would."
     if _is_grey(px.values): return False
     values = px.values.astype(np.float32)
     spread = values.max(-1) - values.min(-1)
-    return bool(np.mean(spread > COLOUR_TOLERANCE * (px.full or 1)) > 0.01)
+    return bool(np.mean(spread > COLOUR_TOLERANCE * _scale_of(px)) > 0.01)
 
 # %% ../../nbs/03_data/03_images.ipynb #05e345d4
-def _used_white(px: Pixels) -> tuple[float, tuple[str, ...]]:
-    "White of a visible file that defines one: of the bits that are used, with a remark if those are fewer."
-    top = int(px.values.max())
-    if px.full != 65535 or top >= 2**14 or not (px.values % 257).any(): return px.full, ()
-    bits = next(b for b in (8, 10, 12, 14) if top < 2**b)
-    white = 2**bits - 1
+def visible_white(
+    px: Pixels,
+) -> tuple[float | None, tuple[str, ...]]:  # white, and what to remark
+    "White of a visible file: of its format, or of the bits that are used; `None` where nothing says."
+    white = used_white(px.values) if px.full == 65535 else px.full
+    if white == px.full: return px.full, ()
+    bits = white.bit_length()
     note = f"visible image uses {bits} of 16 bits, so {white} is taken as white (--vis-range says otherwise)"
     return float(white), (note,)
 
@@ -120,9 +124,8 @@ def visible_range(
 ) -> tuple[float, float, tuple[str, ...]]:  # black, white, and what to remark
     "The given range, or the one that the file's depth defines; `InputError` if it defines none."
     if range is not None: return *check_range(range), ()
-    if px.full is not None:
-        white, notes = _used_white(px)
-        return 0.0, white, notes
+    white, notes = visible_white(px)
+    if white is not None: return 0.0, white, notes
     low, high = px.values.min(), px.values.max()
     if px.values.dtype != np.float32 or low < 0 or high > 1:
         raise InputError(
@@ -178,6 +181,20 @@ def read_image(
         (luminance, notes), chroma = _infrared(px, range), None
     else: (luminance, chroma), notes = _visible(path, px, range), visible_range(path, px, range)[2]
     return Picture(luminance, chroma, 8 if px.full == 255 else 16, px.mode, path, (*px.notes, *notes))
+
+# %% ../../nbs/03_data/03_images.ipynb #e7b78c13
+def common_range(
+    paths: Iterable[str | Path],  # visible files of one series
+) -> tuple[float, float] | None:  # black and white of all of them; None if each file says it itself
+    "One range for all visible files that store up to 14 bits in 16; unreadable files do not count."
+    white = 0
+    for path in paths:
+        try: px = read_pixels(path)
+        except InputError: continue
+        if px.full != 65535: return None
+        white = max(white, used_white(px.values))
+        if white == 65535: break
+    return (0.0, float(white)) if white else None
 
 # %% ../../nbs/03_data/03_images.ipynb #d23042fa
 def _check_content(side: str, p: Picture) -> None:
