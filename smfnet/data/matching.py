@@ -18,7 +18,10 @@ from ..core.checks import InputError, same_name, user_path
 from .pixels import EXTENSIONS
 
 # %% ../../nbs/03_data/04_matching.ipynb #bc9d5a69
-FOLDERS = {"ir": ("ir", "infrared", "thermal"), "vis": ("vis", "vi", "visible")}
+FOLDERS = {
+    "ir": ("ir", "infrared", "thermal", "lwir", "tir"),
+    "vis": ("vis", "vi", "visible", "rgb"),
+}
 
 class Pair(NamedTuple):
     "Two files that belong together."
@@ -71,6 +74,7 @@ def find_source(
         candidates = [d for d in _named(path, modality) if holds_images(d)]
         if holds_images(path) and not candidates: return path
         problem = f"holds no image ({' '.join(EXTENSIONS)}) and no folder {names} with images"
+        if not recursive and list_images(path, recursive=True): problem += "; its subfolders do (--recursive)"
     else:
         alias = path.name.lower() in FOLDERS[modality] and path.parent.is_dir()
         candidates = [d for d in _named(path.parent, modality) if holds_images(d)] if alias else []
@@ -92,10 +96,12 @@ def without_word(
     stem: str,  # name of a file, without extension
     role: str,  # "ir", "vis" or another, such as "fused"
 ) -> str:  # the same without the words of that role, separators tidied
-    "What remains of a name without the word for its modality."
-    word = rf"(?<![^\W\d_])(?:{'|'.join(WORDS.get(role, _OTHER))})(?![^\W\d_])"
-    rest = re.sub(word, " ", stem, flags=re.IGNORECASE)
-    return re.sub(r"[-_. ]+", "_", rest).strip("_")
+    "What remains of a name without the word for its modality; a name without such a word stays as it is."
+    word = rf"([-_. ]*)(?<![^\W\d_])(?:{'|'.join(WORDS.get(role, _OTHER))})(?![^\W\d_])([-_. ]*)"
+    def joint(m):
+        outside = not m.start() or m.end() == len(stem)
+        return "" if outside else (m[1] or m[2])[:1]
+    return re.sub(word, joint, stem, flags=re.IGNORECASE)
 
 # %% ../../nbs/03_data/04_matching.ipynb #ae579315
 def check_patterns(
@@ -126,18 +132,34 @@ def _grouped(listed: dict[str, dict[str, list[Path]]], keys) -> Groups:
             if key is not None: groups.setdefault(key, {}).setdefault(role, []).extend(paths)
     return groups
 
+def _fair(group: dict[str, list[Path]], groups: Groups) -> bool:
+    "Whether a second match removed a word on both sides, or on one side whose names all carry one."
+    bare = [
+        role for role in ("ir", "vis") if role in group
+        and (stem := same_name(group[role][0].stem)) == without_word(stem, role)
+    ]
+    carrying = [role for role in ("ir", "vis") if role in group and role not in bare]
+    if len(bare) > 1: return False
+    stems = ((same_name(f.stem), r) for g in groups.values() for r in carrying for f in g.get(r, ()))
+    return not bare or all(without_word(stem, r) != stem for stem, r in stems)
+
 def _second_look(groups: Groups, roles: list[str]) -> Groups:
     "Groups without a partner, matched once more without words for the modality; only unique matches count."
-    alone = {k: g for k, g in groups.items() if len(g) < len(roles)}
-    listed = {role: {k: g[role] for k, g in alone.items() if role in g} for role in roles}
+    lonely = {k: g for k, g in groups.items() if len(g) < len(roles)}
+    alone = {role: {k: g[role] for k, g in lonely.items() if role in g} for role in roles}
     found = {
-        key: group for key, group in _grouped(listed, without_word).items()
-        if len(group) == len(roles) and all(len(files) == 1 for files in group.values())
+        key: group for key, group in _grouped(alone, without_word).items()
+        if len(group) == len(roles) and all(len(f) == 1 for f in group.values()) and _fair(group, groups)
     }
     used = {f for group in found.values() for files in group.values() for f in files}
     return found | {k: g for k, g in groups.items() if not used & {f for files in g.values() for f in files}}
 
 # %% ../../nbs/03_data/04_matching.ipynb #44052b4c
+def _fits_none(pattern: str, role: str, files: dict) -> InputError:
+    few = ", ".join(list(files)[:3])
+    hint = " (patterns have no extension)" if Path(pattern).suffix.lower() in EXTENSIONS else ""
+    return InputError(f"names: {pattern!r} fits none of the names on the {role} side, such as {few}{hint}")
+
 def match_names(
     listed: dict[str, dict[str, list[Path]]],  # role -> stem -> files, as `list_images` gives them
     patterns: Sequence[str] | None = None,  # one a role, see the text; None: names agree as they are
@@ -146,10 +168,24 @@ def match_names(
     roles = list(listed)
     check_patterns(patterns, len(roles))
     pattern = dict(zip(roles, patterns or [None] * len(roles)))
-    groups = _grouped(listed, lambda stem, role: _key(stem, pattern[role]))
+    def key(stem, role):
+        found = _key(stem, pattern[role])
+        return _key(stem, None) if found is None and role == "fused" else found  # or by the star's part
+    groups = _grouped(listed, key)
+    for role in roles if patterns else ():
+        if listed[role] and not any(role in g for g in groups.values()):
+            raise _fits_none(pattern[role], role, listed[role])
     return groups if patterns else _second_look(groups, roles)
 
 # %% ../../nbs/03_data/04_matching.ipynb #f1435d6f
+def _lies_there(place: Path, stem: str) -> str:
+    "What has the wanted name and is no image."
+    if not place.is_dir(): return ""
+    found = [p for p in place.iterdir() if p.stem == stem]
+    if not found: return ""
+    kind = "of no known format" if found[0].is_file() else "no regular file"
+    return f" ({found[0].name} lies there, but is {kind})"
+
 _SIDES = {"ir": "infrared", "vis": "visible"}
 
 def _problem(key: str, group: dict[str, list[Path]], places: dict[str, Path]) -> str | None:
@@ -158,17 +194,20 @@ def _problem(key: str, group: dict[str, list[Path]], places: dict[str, Path]) ->
     lacking = [side for side in _SIDES if side not in group]
     if lacking:
         other = next(iter(group.values()))[0]
-        problem = f"{other}: no {_SIDES[lacking[0]]} partner {other.stem}.* in {places[lacking[0]]}"
-        return f"{problem}; add it or remove this file"
+        place = places[lacking[0]]
+        problem = f"{other}: no {_SIDES[lacking[0]]} partner {other.stem}.* in {place}"
+        return f"{problem}{_lies_there(place, other.stem)}; add it or remove this file"
     if double: return f"{' and '.join(map(str, double))}: same name twice; keep one of them"
     return None
 
 # %% ../../nbs/03_data/04_matching.ipynb #2d8add94
 def _nothing_agrees(listed: dict[str, dict[str, list[Path]]], places: dict[str, Path]) -> InputError:
     "One message for two folders without a single pair."
-    few = [f"{places[side]} ({', '.join([*list(files)[:2], '…'][:len(files)])})" for side, files in listed.items()]
+    first = {side: ", ".join([*list(files)[:2], "…"][: len(files)]) for side, files in listed.items()}
+    few = [f"{places[side]} ({names})" for side, names in first.items()]
     return InputError(
-        f"{' and '.join(few)}: no two names belong together; names pair when they agree up to the extension and words such as ir and vis; say how they are built, "
+        f"{' and '.join(few)}: no two names belong together; names pair when they agree up to "
+        "the extension and words such as ir and vis; say how they are built, "
         "e.g. --names 'cam1_*' 'cam2_*'"
     )
 
@@ -199,8 +238,9 @@ def find_pairs(
     "Match infrared and visible files by name; two files given by name are a pair whatever they are called."
     check_patterns(names, 2)
     a, b = find_source(ir, "ir", recursive=recursive), find_source(vis, "vis", recursive=recursive)
-    if os.path.samefile(a, b):
-        raise InputError(f"{a}: given as infrared and as visible; give the two modalities")
+    if os.path.samefile(a, b) and (names is None or a.is_file()):
+        fix = "give the two modalities, or for names in one folder their patterns (--names)"
+        raise InputError(f"{a}: given as infrared and as visible; {fix}")
     if a.is_file() and b.is_file(): return Pairs([Pair(b.stem, a, b)])
     listed = {
         side: {p.stem: [p]} if p.is_file() else list_images(p, recursive=recursive)

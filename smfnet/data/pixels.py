@@ -93,7 +93,8 @@ def _deep_pnm(path: Path, im: Image.Image) -> Pixels:
     shape = (im.height, im.width, 3)[: 3 if im.mode == "RGB" else 2]
     data = np.frombuffer(path.read_bytes(), ">u2", count=int(np.prod(shape)), offset=offset)
     if data.max() > top:
-        raise InputError(f"{path}: samples reach {data.max()}, but its header says at most {top}; export it again")
+        problem = f"{path}: samples reach {data.max()}, but its header says at most {top}"
+        raise InputError(f"{problem}; export it again")
     return Pixels(data.reshape(shape).astype(np.uint16), float(top), im.mode)
 
 # %% ../../nbs/03_data/02_pixels.ipynb #afd6f53d
@@ -207,7 +208,8 @@ def _without_extras(values: np.ndarray, page) -> tuple[np.ndarray, tuple[str, ..
     count = len(page.extrasamples)
     if not count: return values, ()
     values = values[..., :-count]
-    note = "alpha channel ignored" if all(e in (1, 2) for e in page.extrasamples) else f"{count} further channels ignored"
+    alpha = all(e in (1, 2) for e in page.extrasamples)
+    note = "alpha channel ignored" if alpha else f"{count} further channels ignored"
     return values[..., 0] if values.shape[-1] == 1 else values, (note,)
 
 def _check_values(path: Path, values: np.ndarray, page) -> None:
@@ -215,10 +217,11 @@ def _check_values(path: Path, values: np.ndarray, page) -> None:
     mark = str(page.tags.valueof(42113, "")).strip("\0 ")
     try: missing = int((values == float(mark)).sum()) if mark else 0
     except ValueError: missing = 0
-    if values.dtype.kind == "f" and np.abs(values[np.isfinite(values)]).max(initial=0) > 1e30:
+    wide = values.dtype.kind == "f" and values.itemsize > 2
+    if wide and np.abs(values[np.isfinite(values)]).max(initial=0) > 1e30:
         mark, missing = "beyond 1e30", int((np.abs(values) > 1e30).sum())
     if missing:
-        raise InputError(f"{path}: {missing} pixels hold no data (marked {mark}); crop it to where it has data")
+        raise InputError(f"{path}: {missing} pixels hold no data (marked {mark}); crop to where there is data")
 
 # %% ../../nbs/03_data/02_pixels.ipynb #97ba2fa8
 def _tiff_samples(path: Path, page) -> Pixels:

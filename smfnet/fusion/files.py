@@ -9,7 +9,7 @@ __all__ = ['MOST_PROBLEMS', 'pick_device', 'load_model', 'fuse_pictures', 'Readi
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..core.checks import InputError, printable, user_path
 from ..core.progress import track
-from ..data.images import Picture, check_range, read_pair, to_levels, write_image
+from ..data.images import Picture, check_range, common_range, read_pair, to_levels, write_image
 from ..data.matching import Pair, Pairs, find_pairs
 from ..data.pixels import EXTENSIONS
 from ..fast.prepared import prepare_for_inference
@@ -170,6 +170,16 @@ def _fuse_files(
     if target is None: return to_levels(fused, vis.chroma, bits=vis.bits)
     return write_image(target, fused, vis.chroma, bits=vis.bits)
 
+# %% ../../nbs/06_fusion/02_files.ipynb #fda3b057
+def _one_white(found: Pairs) -> tuple[float, float] | None:
+    "One range for the visible images of a folder that leave upper bits empty, with a remark."
+    shared = common_range(p.vis for p in found)
+    if shared in (None, (0.0, 65535.0)): return shared
+    white = int(shared[1])
+    depth = f"visible images use {white.bit_length()} of 16 bits"
+    tqdm.write(f"{depth}, so {white} is taken as white (--vis-range says otherwise)")
+    return shared
+
 # %% ../../nbs/06_fusion/02_files.ipynb #35439fbc
 def _as_model(model, device: str, max_memory: int | str | None = None):
     "An object as it is; weights are loaded, and prepared if their variant of the network can be."
@@ -242,6 +252,9 @@ def _refuse_sources(out: Path, found: Pairs, sources: tuple) -> None:
     for folder in folders:
         if out.is_dir() and os.path.samefile(out, folder):
             raise InputError(f"{out}: is a source folder; choose another output folder")
+    searched = any("/" in pair.stem for pair in found)  # subfolders too
+    if searched and any(out.resolve().is_relative_to(f.resolve()) for f in folders):
+        raise InputError(f"{out}: lies inside a source folder that is searched; choose another output folder")
 
 def _prepare(out: str | Path, found: Pairs, sources: tuple) -> Path:
     "Make the output folder, see that it can be written and is none of the source folders."
@@ -308,6 +321,7 @@ def fuse_folder(
     how = Reading(range=range, vis_range=vis_range, stretch=stretch)
     found = find_pairs(ir=ir, vis=vis, names=names, recursive=recursive)
     report = FusionReport(_place(out, found, (ir, vis)), problems=dict(found.problems))
+    if vis_range is None: how = replace(how, vis_range=_one_white(found))
     model, say = _as_model(model, device, max_memory), _each_once(tqdm.write)
     for pair in track(found.pairs, desc="fusing", unit="pair", show=progress):
         _fuse_into(report, model, pair, say, skip_existing, how)

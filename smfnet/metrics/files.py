@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from ..core.checks import InputError
-from ..data.images import _infrared, _refuse_painted, _visible, rgb_to_ycbcr, visible_range, ycbcr_to_rgb
-from ..data.matching import list_images, match_names
+from smfnet.data.images import (
+    _infrared, _refuse_painted, _visible, rgb_to_ycbcr, visible_white, ycbcr_to_rgb,
+)
+from ..data.matching import FOLDERS, find_source, list_images, match_names
 from ..data.pixels import EXTENSIONS, Pixels, read_pixels, read_size
 
 # %% ../../nbs/07_metrics/08_files.ipynb #1963a916
@@ -33,6 +35,14 @@ def _shifted(px: Pixels, white: float) -> np.ndarray:
     if white == 255: return np.minimum(px.values, 255).astype(np.uint8)
     return (np.minimum(px.values, white).astype(np.float64) * (65535 / white)).astype(np.uint16) >> 8
 
+def _unit_levels(path: str | Path, px: Pixels) -> np.ndarray:
+    "Levels of a fused image in floating point, which has to lie in [0, 1]."
+    low, high = px.values.min(), px.values.max()
+    if low < -0.05 or high > 1.05:
+        found = f"{path}: a fused image whose values span [{low:g}, {high:g}]"
+        raise InputError(f"{found}, and the format does not say what white is; save it as PNG")
+    return np.rint(_visible(Path(path), px, (0, 1))[0] * 255)
+
 def to_gray_levels(
     path: str | Path,  # of the file, for messages
     px: Pixels,  # its samples
@@ -47,9 +57,12 @@ def to_gray_levels(
         if px.full != 255 or range is not None:
             luminance, notes = _infrared(px, range)
             return np.rint(luminance * 255), notes
-    if range is not None or px.full is None:
+    if px.full is None and role != "vis": return _unit_levels(path, px), ()
+    if px.full is None or range not in (None, (0, px.full), (0, visible_white(px)[0])):
         return np.rint(_visible(Path(path), px, range)[0] * 255), ()
-    white, notes = visible_range(path, px)[1:] if role == "vis" else (px.full, ())
+    white, notes = (range[1], ()) if range else visible_white(px)
+    if role != "vis" and white != px.full:
+        white, notes = px.full, (f"brightest sample {px.values.max()} of {px.full:g}; measured as it is",)
     return gray_levels(_shifted(px, white), rounding=rounding), notes
 
 # %% ../../nbs/07_metrics/08_files.ipynb #06ecaca8
@@ -77,18 +90,21 @@ def join_colour(
     return np.clip(np.rint(ycbcr_to_rgb(gray, cb, cr)), 0, 255).astype(np.uint8)
 
 # %% ../../nbs/07_metrics/08_files.ipynb #cf85071f
-def images_by_stem(
-    folder: str | Path,  # folder with one image a stem
-    *,
-    recursive: bool = False,  # search its subfolders too
-) -> dict[str, Path]:  # stem -> file
-    "Images of a folder; `InputError` for a missing or empty folder and for doubled stems."
+def _images_in(folder: str | Path, recursive: bool) -> dict[str, list[Path]]:
+    "Stems and files of a folder; `InputError` for a missing or empty one."
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: is not a folder; pass the folder that holds the images")
     found = list_images(folder, recursive=recursive)
     if not found:
         raise InputError(f"{folder}: holds no image ({' '.join(EXTENSIONS)})")
+    return found
+
+def images_by_stem(
+    folder: str | Path,  # folder with one image a stem
+) -> dict[str, Path]:  # stem -> file
+    "Images of a folder; `InputError` for a missing or empty folder and for doubled stems."
+    found = _images_in(folder, recursive=False)
     for stem, files in found.items():
         if len(files) > 1:
             raise InputError(
@@ -126,6 +142,13 @@ def _joined(problems: list[str]) -> InputError:
         "; ".join(problems[:10]) + more + "; every stem needs one image of one size in each folder"
     )
 
+def _resolved(role: str, folder: str | Path) -> Path:
+    "A source folder, also by the root that holds it."
+    folder = Path(folder)
+    rooted = role in FOLDERS and folder.is_dir() and not list_images(folder)
+    named = rooted and any(d.is_dir() and d.name.lower() in FOLDERS[role] for d in folder.iterdir())
+    return find_source(folder, role) if named else folder
+
 def match_files(
     *,
     names: Sequence[str] | None = None,  # one pattern a role, see the notebook on matching
@@ -134,8 +157,8 @@ def match_files(
     **folders: str | Path,  # role -> folder, e.g. fused=, ir=, vis=
 ) -> dict[str, dict[str, Path]]:  # stem -> role -> file, sorted by stem
     "Match the images of several folders by name; `InputError` lists unpaired files and different sizes."
-    listed = {role: images_by_stem(folder, recursive=recursive) for role, folder in folders.items()}
-    groups = match_names({role: {s: [p] for s, p in files.items()} for role, files in listed.items()}, names)
+    folders = {role: _resolved(role, folder) for role, folder in folders.items()}
+    groups = match_names({role: _images_in(folder, recursive) for role, folder in folders.items()}, names)
     found, matched = {}, {}
     for key, files in sorted(groups.items()):
         if problem := _pairing_problem(key, files, folders): found[key] = problem

@@ -21,6 +21,7 @@ import torch
 from ..core.checks import InputError
 from ..core.progress import track
 from ..core.provenance import atomic_path, check_output
+from ..data.images import common_range
 from ..data.pixels import read_pixels
 from .comparison import compare as compare_tables
 from .comparison import summarise
@@ -82,6 +83,7 @@ def evaluate_folder(
     p, problems = get_protocol(protocol), None if strict else {}
     patterns = None if names is None else (names[-1], *names)  # fused images carry the visible name
     matched = match_files(fused=fused, ir=ir, vis=vis, names=patterns, recursive=recursive, problems=problems)
+    if vis_range is None: vis_range = common_range(files["vis"] for files in matched.values())
     measure = partial(evaluate_files, protocol=p, ranges={"ir": range, "vis": vis_range})
     if not strict: measure = partial(_attempt, measure=measure)
     jobs = list(matched.values())

@@ -18,7 +18,7 @@ import pandas as pd
 from ..fusion.baselines import BASELINES
 from ..core.checks import InputError
 from .figures import salient_box
-from ..data.images import LUMA
+from ..data.images import LUMA, visible_white
 from ..data.matching import find_pairs, find_source, list_images
 from ..data.pixels import read_pixels
 from ..metrics import evaluate_folder
@@ -174,9 +174,10 @@ def show_pixels(
 ) -> np.ndarray:  # H×W or H×W×3 float32, [0,1]
     "An image as a figure shows it; gray where all channels are equal."
     px = read_pixels(path)
-    if px.full is None:
+    white, _ = visible_white(px)
+    if white is None:
         raise InputError(f"{path}: {px.mode} pixels have no natural white; save the image with 8 or 16 bits")
-    values = px.values.astype(np.float32) / np.float32(px.full)
+    values = np.minimum(px.values.astype(np.float32) / np.float32(white), 1)
     return values[..., 0] if values.ndim == 3 and (values[..., :1] == values).all() else values
 
 # %% ../../nbs/09_report/08_study.ipynb #1db79300

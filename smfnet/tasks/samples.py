@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..core.checks import InputError
-from ..data.images import ycbcr_to_rgb
+from ..data.images import visible_white, ycbcr_to_rgb
 from ..data.matching import list_images
 from ..data.pixels import read_pixels
 from ..data.pairs import Boxes, PairSet
@@ -47,9 +47,10 @@ def _fused_bytes(path: Path, shape: tuple[int, int]) -> np.ndarray:
         raise InputError(
             f"{path}: {w}×{h} pixels, but its sources have {shape[1]}×{shape[0]}; fuse the set again"
         )
-    if px.full is None:
+    white, _ = visible_white(px)
+    if white is None:
         raise InputError(f"{path}: {px.mode} pixels have no natural white; save the image with 8 or 16 bits")
-    values = np.rint(px.values.astype(np.float32) * np.float32(255 / px.full)).astype(np.uint8)
+    values = np.rint(px.values.astype(np.float32) * np.float32(255 / white)).clip(0, 255).astype(np.uint8)
     if values.ndim == 3 and values.shape[2] >= 3: return values[..., :3]
     return values.reshape(*shape, -1)[..., :1].repeat(3, axis=2)
 
