@@ -3,6 +3,9 @@
 #   PYTHON       interpreter that makes the environment (3.10 or newer; Snakemake needs 3.11)
 #   VENV         where the environment lives
 #   CONSTRAINTS  file of pinned versions; empty for the ranges of pyproject.toml, as when your own torch is in $(VENV)
+#
+# Values are taken as they are: make DATA="it's my data" works, and so does a $ in a name. Only ARGS is text for the
+# shell, which splits it into words and heeds its quotes.
 
 PYTHON      ?= python3
 VENV        ?= .venv
@@ -15,10 +18,20 @@ SET         ?=
 DRY         ?=
 ARGS        ?=
 
+# The shell reads these from its environment, where quotes, blanks, $ and line breaks are letters like any other.
+LITERAL := PYTHON DATA PROFILE SET DRY FLAGS JOBS
+GIVEN    = $(filter command environment,$(origin $(1)))
+$(foreach name,$(LITERAL),$(if $(call GIVEN,$(name)),$(eval override $(name) := $$(value $(name)))))
+export $(LITERAL)
+
+# These two name files of make itself, which knows no quotes.
+QUOTE := '
+ODD    = $(strip $(word 2,$(value $(1))) $(foreach sign,$(QUOTE) " $$ ; : %,$(findstring $(sign),$(value $(1)))))
+$(foreach name,VENV CONSTRAINTS,$(if $(call GIVEN,$(name)),$(if $(call ODD,$(name)),$(error \
+  $(name): names with blanks, quotes or one of $$ ; : % do not work here; choose another))))
+
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
-
-export DATA  # the shell reads it, so that any name of a folder will do
 
 .PHONY: help install reproduce reproduce-full test browser app bench lint export clean
 .DEFAULT_GOAL := help
@@ -29,26 +42,27 @@ help:  ## list the commands
 install: $(STAMP)  ## make the environment and install the package with all tools
 
 $(STAMP): pyproject.toml $(wildcard $(CONSTRAINTS))
-	@command -v $(PYTHON) >/dev/null || { \
-	  echo "error: '$(PYTHON)' was not found; name a Python 3.10 or newer: make PYTHON=/path/to/python3"; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-	  echo "error: $$($(PYTHON) --version 2>&1) is too old; name a Python 3.10 or newer: make PYTHON=python3.11"; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
-	  echo "error: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu install python3-venv"; exit 1; }
+	@command -v "$$PYTHON" >/dev/null || { \
+	  echo "error: '$$PYTHON' was not found; name a Python 3.10 or newer: make PYTHON=/path/to/python3"; exit 1; }
+	@"$$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "error: $$("$$PYTHON" --version 2>&1) is too old; name a Python 3.10 or newer: make PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || "$$PYTHON" -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "error: $$PYTHON cannot make a virtual environment; on Debian and Ubuntu install python3-venv"; exit 1; }
 	@echo "installing into $(VENV); the first time this takes a few minutes"
 	$(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
 	@touch $@
 
 reproduce: $(STAMP)  ## every table and figure (DATA=DIR: of real images; PROFILE=demo|real|full SET="STAGE.NAME=VALUE ..." DRY=1)
-	@$(BIN)/python nbs/experiments/reproduce.py --profile $(PROFILE) $${DATA:+--data "$$DATA"} \
-	  $(foreach change,$(SET),--set '$(change)') $(if $(DRY),--dry-run) $(if $(ARGS),-- $(ARGS))
+	@set -f; for change in $$SET; do set -- "$$@" "--set=$$change"; done; \
+	$(BIN)/python nbs/experiments/reproduce.py "--profile=$$PROFILE" $${DATA:+"--data=$$DATA"} "$$@" \
+	  $${DRY:+--dry-run} $(if $(ARGS),-- $(ARGS))
 
 reproduce-full:  ## the same with all training, ablations and seeds: demo scale, with DATA=DIR as in the paper (GPU)
 	@$(MAKE) --no-print-directory reproduce PROFILE=full
 
 test: $(STAMP)  ## test the notebooks and tests/ (JOBS=2, FLAGS="slow cuda" for flagged cells, ARGS for pytest)
 	@rm -f .last-test-count; status=0; \
-	$(BIN)/python -m pytest -n $(JOBS) --notebook-flags '$(FLAGS)' $(ARGS) || status=$$?; \
+	$(BIN)/python -m pytest -n "$$JOBS" --notebook-flags "$$FLAGS" $(ARGS) || status=$$?; \
 	cat .last-test-count 2>/dev/null || echo "0 passed, 1 failed"; exit $$status
 
 browser:  ## install Chromium, which the browser tests need (Debian, Ubuntu; or set SMFNET_CHROMIUM=/path/to/chrome)
@@ -57,8 +71,8 @@ browser:  ## install Chromium, which the browser tests need (Debian, Ubuntu; or 
 	elif [ "$$(id -u)" = 0 ]; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; \
 	else sudo apt-get update -qq && sudo apt-get install -y -qq chromium >/dev/null; fi
 
-app: $(STAMP)  ## serve the notebooks of nbs/apps as pages, on this machine only (ARGS="--port=8866 --no-browser")
-	@$(BIN)/voila nbs/apps --Voila.ip=127.0.0.1 --TagRemovePreprocessor.remove_cell_tags=remove-cell $(ARGS)
+app: $(STAMP)  ## serve nbs/apps as pages on this machine, for who has the token (ARGS="--port=8866 --no-browser")
+	@$(BIN)/python nbs/apps/serve.py $(ARGS)
 
 bench: $(STAMP)  ## time fusion over sizes, and a training step, against a literal version (ARGS="--slow" for all sizes)
 	@$(BIN)/python -m bench.inference $(ARGS)

@@ -15,7 +15,8 @@ from pathlib import Path
 import yaml
 from stages import check_parameters, fingerprint, hold, parameters
 
-from smfnet.core.checks import InputError
+from smfnet.core.checks import InputError, user_path
+from smfnet.core.command import run_command
 from smfnet.core.provenance import sha256
 from smfnet.report.page import StageRecord, write_report
 
@@ -54,7 +55,10 @@ class Plan:
     def __init__(self, config: dict, each: dict[str, list[str]]):
         """`each` holds the values of the wildcards; `InputError` for data that are not there."""
         config, self.each, self.stages, self.idle = dict(config), each, {}, set()
-        profile, data = config.pop("profile"), str(config.pop("DATA", "") or "")
+        profile, data = config.pop("profile"), config.pop("DATA", "") or ""
+        data = str(data[0] if isinstance(data, list) else data)
+        if any("\ud800" <= c <= "\udfff" for c in data):  # a notebook is UTF-8 and could not say this name
+            raise InputError(f"{data}: has bytes that are no text; rename the folder")
         self.run, self.figures, self.make = f"runs/{profile}", f"figures/{profile}", config.pop("make")
         self.changes = [change(text) for text in config.pop("SET", None) or []]
         self.sets, needs = config.pop("sets", {}), config.pop("needs", [])
@@ -240,6 +244,12 @@ def alone() -> bool:
     return True
 
 
+def as_yaml(names: list[str]) -> str:
+    """A list for Snakemake's --config, which takes the quotes of a text alone and leaves the escapes."""
+    text = json.dumps(names, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")  # bytes of a name that are no text
+
+
 def reproduce(args: argparse.Namespace) -> int:
     """Run Snakemake on what is missing or out of date; a result that was changed by hand is made again."""
     try:
@@ -253,8 +263,8 @@ def reproduce(args: argparse.Namespace) -> int:
         raise InputError(f"no profile '{args.profile}'; there are {names}")
     if not args.dry_run and not alone():
         return 1
-    given = [f"DATA={json.dumps(os.path.abspath(args.data))}"] if args.data else []
-    given += [f"SET={json.dumps(args.set)}"] if args.set else []
+    given = [f"DATA={as_yaml([os.path.abspath(user_path(args.data))])}"] if args.data else []
+    given += [f"SET={as_yaml(args.set)}"] if args.set else []
     force = damaged(args.profile)
     options = ["--snakefile", f"{EXPERIMENTS}/Snakefile", "--configfile", str(config)]
     options += ["--quiet", "host", "rules", "progress"]
@@ -278,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--cores", default="all", help="processors to use")
     add("--dry-run", action="store_true", help="only say what would run")
     add("snakemake", nargs="*", help="further arguments for Snakemake, behind --")
-    return refusing(reproduce)(parser.parse_args(argv))
+    return run_command(lambda: reproduce(parser.parse_args(argv)), prefix="error")
 
 
 if __name__ == "__main__":

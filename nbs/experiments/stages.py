@@ -22,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 import smfnet
 from smfnet.core.checks import InputError
+from smfnet.core.command import run_command
 from smfnet.core.provenance import provenance, sha256, write_json
 
 HOME = Path(smfnet.__file__).parent
@@ -237,18 +238,29 @@ def hold(path, wait: str = "") -> int | None:
     return lock
 
 
-def main(argv: list[str] | None = None) -> int:
+def job_of(text: str) -> dict:
+    """What a rule passes to a notebook; `InputError` if it is not JSON of that form."""
+    try:
+        job = json.loads(text)
+    except ValueError as e:
+        raise InputError(f"job: is not JSON ({e}); see the options of this program") from e
+    if not isinstance(job, dict) or not set(job) <= {"params", "inputs"}:
+        raise InputError('job: give {"params": {...}, "inputs": [...]}')
+    return job
+
+
+def stage(argv: list[str] | None) -> int:
     """Run one notebook, as the rules do; 0 success, 1 the notebook failed, 2 bad input."""
-    parser = argparse.ArgumentParser(prog="stages.py", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="stages.py", description=stage.__doc__)
     parser.add_argument("notebook")
     parser.add_argument("folder", help="receives executed.ipynb, params.json and provenance.json")
     parser.add_argument("job", nargs="?", default="{}", help='JSON: {"params": {...}, "inputs": [...]}')
     parser.add_argument("outputs", nargs="*", help="files and folders that it must make")
     args, started = parser.parse_args(argv), time.monotonic()
     try:
+        job = job_of(args.job)
         lock = f".snakemake/running/{args.folder.strip('/').replace('/', '-')}"
         Manager.held = (hold(lock, "waiting for process {}, which runs this stage"),)
-        job = json.loads(args.job)
         for path in (p for p in job.get("inputs", ()) if not Path(p).exists()):
             raise InputError(f"{path}: is not there; run the stage that makes it first")
         outputs = [o for o in args.outputs if Path(o).name != "provenance.json"]
@@ -258,6 +270,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2 if isinstance(e, InputError) else 1
     print(f"{Path(args.folder).name}: done in {time.monotonic() - started:.0f} s", flush=True)
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command: `stage`, and what else may go wrong in one line."""
+    return run_command(lambda: stage(argv), prefix="error")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 from PIL import Image
 
-from ..core.checks import InputError
+from ..core.checks import InputError, same_name, user_path
 from ..data.images import to_levels
 from ..data.pixels import read_pixels
 from ..data.pairs import Content, PairSet, get_pairs
@@ -107,9 +107,9 @@ def live_models(
 # %% ../../nbs/10_compare/05_collection.ipynb #77b7b325
 def _method_folders(fused: str | Path | None, taken: set[str]) -> dict[str, Path]:
     "The folder of each method; `InputError` for a name that is taken."
-    folder = Path(fused).expanduser() if fused else None
+    folder = user_path(fused) if fused else None
     if folder is None or not folder.is_dir(): return {}
-    found = {d.name: d for d in sorted(folder.iterdir()) if d.is_dir()}
+    found = {same_name(d.name): d for d in sorted(folder.iterdir()) if d.is_dir()}
     if clash := sorted(taken & set(found)):
         raise InputError(f"{folder}: rename the folder {clash[0]}; a method of that name exists already")
     return found
@@ -159,7 +159,8 @@ def _content(self: Collection, stem: str) -> Content:
 def _from_folder(self: Collection, stem: str, method: str) -> np.ndarray:
     "H×W or H×W×3 uint8 of a file, of the size of the pair as shown."
     folder, (h, w) = self.folders[method], self.pairs.pair(stem).ir.shape
-    path = images_by_stem(folder).get(stem)
+    known = {same_name(name): path for name, path in images_by_stem(folder).items()}
+    path = known.get(same_name(stem))
     if path is None:
         raise InputError(f"{folder}: has no image {stem}; fuse this pair or choose another method")
     image = read_pixels(path).values

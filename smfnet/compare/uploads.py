@@ -23,7 +23,7 @@ from .display import montage
 from .panel import Panel, watch
 from .swipe import COMMON_CSS, COMMON_JS, Swipe
 from .zoom import LinkedZoom
-from ..core.checks import InputError
+from ..core.checks import InputError, printable
 from ..data.pixels import EXTENSIONS
 from ..data.pairs import Content, Files, PairSet, get_pairs
 
@@ -111,9 +111,10 @@ def _checked(path: Path) -> Path:
 
 # %% ../../nbs/10_compare/08_uploads.ipynb #38e97867
 def _stored(folder: Path, name: str, data: bytes) -> Path:
-    "Write a file under its own name without any folder part, at most 120 characters of it."
+    "Write a file under its own name without any folder part, at most 120 bytes of it."
     folder.mkdir()
-    path = folder / (Path(name.replace("\\", "/")).name.lstrip(".")[-120:] or "upload")
+    plain = printable(name.replace("\\", "/").rpartition("/")[2].lstrip(".")).replace("\\", "_")
+    path = folder / (plain.encode()[-120:].decode(errors="ignore") or "upload")
     path.write_bytes(data)
     return path
 

@@ -113,18 +113,16 @@ def user_path(
     text = os.fsdecode(path)
     if not text.strip():
         raise InputError(f"{text!r}: is no name; name a file or a folder")
-    try:
-        expanded = Path(text).expanduser()
-        os.stat(expanded)
-    except RuntimeError as e:
+    if (expanded := os.path.expanduser(text)).startswith("~"):
         fix = "write the path in full, or ./ before a name that begins with ~"
-        raise InputError(f"{_short(text)}: there is no such user here; {fix}") from e
+        raise InputError(f"{_short(text)}: there is no such user here; {fix}")
+    try: os.stat(expanded)
     except ValueError as e:  # a null byte, or half a character
         raise InputError(f"{_short(text)}: is no name of a file ({e}); write it anew") from e
     except OSError as e:
         if e.errno in _NO_PATH:
             raise InputError(f"{_short(text)}: {_NO_PATH[e.errno]}") from e
-    return expanded
+    return Path(expanded)
 
 # %% ../../nbs/00_core/01_checks.ipynb #ef083246
 def _tensors(out) -> list[Tensor]:

@@ -90,6 +90,9 @@ def told(
         return "the memory is full; use smaller images, --max-memory or fewer processes"
     if isinstance(e, RecursionError): return "a file or a value is nested too deeply; simplify it"
     if isinstance(e, OSError): return _system(e)
+    if isinstance(e, UnicodeEncodeError) and "surrogates" in e.reason:
+        name = e.object[max(0, e.start - 60):e.end + 10]
+        return f"{name}: a name has bytes that are no text; rename the file"
     if isinstance(e, RuntimeError) and "home directory" in str(e):
         return "~: there is no such user here; write the path in full"
     from smfnet.core.checks import InputError

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm.auto import tqdm
 
-from ..core.checks import InputError, printable, user_path
+from ..core.checks import InputError, printable, same_name, user_path
 from .images import read_image
 from .pixels import EXTENSIONS, read_pixels
 from .pairs import PairSet, get_pairs
@@ -366,10 +366,10 @@ def _add_proven(
 
 # %% ../../nbs/03_data/07_acquire.ipynb #bbdc68d1
 def _child(folder: Path, relative: str) -> Path | None:
-    "A subfolder by its name, whatever its case."
+    "A subfolder by its name, whatever its case and spelling."
     for part in relative.split("/"):
         folders = (c for c in sorted(folder.iterdir()) if c.is_dir())
-        folder = next((c for c in folders if c.name.casefold() == part.casefold()), None)
+        folder = next((c for c in folders if same_name(c.name).casefold() == part.casefold()), None)
         if folder is None: return None
     return folder
 

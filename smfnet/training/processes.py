@@ -225,4 +225,6 @@ def main(
     return 0
 
 # %% ../../nbs/05_training/04_processes.ipynb #00662d9a
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())
+if __name__ == "__main__" and "__file__" in globals():
+    from smfnet.core.command import run_command
+    sys.exit(run_command(main, prefix="error"))

@@ -42,6 +42,7 @@ FLAGS = [
 ]
 START = 180  # seconds for a server with its kernel; generous, as machines of CI are slow
 STEP = 120  # seconds for one answer of a kernel
+TOKEN = "a-token-of-the-tests"  # the pages of Voilà ask for one
 STEM, OTHER = "scene_0000_day", "scene_0003_smoke"
 
 playwright = pytest.importorskip(
@@ -134,15 +135,7 @@ def server(kind: str, folder: Path):
         "--LabApp.expose_app_in_browser=True",
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
     ]
-    voila = [
-        "-m",
-        "voila",
-        str(apps),
-        f"--port={port}",
-        "--Voila.ip=127.0.0.1",
-        "--no-browser",
-        "--TagRemovePreprocessor.remove_cell_tags=remove-cell",
-    ]
+    voila = [str(apps / "serve.py"), f"--port={port}", f"--token={TOKEN}", "--no-browser"]
     log = (folder / f"{kind}.log").open("w")
     process = subprocess.Popen(
         [sys.executable, *(lab if kind == "lab" else voila)],
@@ -185,7 +178,8 @@ def browser_page(*, width: int = 1366, height: int = 768):
 def voila(folder: Path, notebook: str, ready: str):
     """A notebook as a page, opened and waited for; gives the page."""
     with server("voila", folder) as address, browser_page() as page:
-        page.goto(f"{address}/voila/render/{notebook}.ipynb", wait_until="commit", timeout=1000 * START)
+        target = f"{address}/voila/render/{notebook}.ipynb?token={TOKEN}"
+        page.goto(target, wait_until="commit", timeout=1000 * START)
         page.locator(ready).first.wait_for(timeout=1000 * START)
         yield page
 

@@ -139,7 +139,10 @@ def test_app_notebooks_tell_their_story_without_a_kernel(notebook):
 def test_pages_are_served_on_the_loopback_interface():
     """`make app` binds to this machine only, and hides the cell that only nbdev reads."""
     recipe = re.search(r"^app:.*\n\t(.+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)[1]
-    assert "--Voila.ip=127.0.0.1" in recipe and "remove_cell_tags=remove-cell" in recipe
+    assert "nbs/apps/serve.py" in recipe
+    settings = json.loads((ROOT / "nbs/apps/voila.json").read_text(encoding="utf-8"))
+    assert settings["Voila"]["ip"] == "127.0.0.1"
+    assert settings["TagRemovePreprocessor"]["remove_cell_tags"] == ["remove-cell"]
     for notebook in (ROOT / "nbs" / "apps").glob("*.ipynb"):
         assert json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]["metadata"]["tags"] == [
             "remove-cell"
