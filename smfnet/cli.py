@@ -134,7 +134,7 @@ def _video_options(p: argparse.ArgumentParser) -> None:
     _video_range(p.add_mutually_exclusive_group())
     p.add_argument(
         "--fps", type=float, metavar="N",
-        help="frames per second of a written video (default: as the inputs; 25 for folders)",
+        help="frames per second of a written video; frames are then paired by number, not by time",
     )
 
 # %% ../nbs/cli.ipynb #d1c80211

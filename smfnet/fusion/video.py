@@ -8,9 +8,12 @@ __all__ = ['VIDEOS', 'frame_pixels', 'Clip', 'open_clip', 'FramePair', 'pair_fra
 
 # %% ../../nbs/06_fusion/03_video.ipynb #6c55560d
 import contextlib
+import functools
 import os
 import queue
 import re
+import shutil
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,9 +25,9 @@ import numpy as np
 from fastcore.basics import patch
 from tqdm import tqdm
 
-from ..core.checks import MIN_SIDE, InputError
+from ..core.checks import MIN_SIDE, InputError, same_name, user_path
 from ..core.progress import track
-from ..core.provenance import atomic_path
+from ..core.provenance import atomic_path, check_output
 from smfnet.data.images import (
     Picture, _infrared, _visible, check_range, thermal_range, to_levels, write_image,
 )
@@ -43,17 +46,133 @@ def _av():
         ) from e
     return av
 
+# %% ../../nbs/06_fusion/03_video.ipynb #3f0a91c2
+@contextlib.contextmanager
+def _guarded(say: Callable[[object], InputError]) -> Iterator[None]:
+    "Whatever foreign code raises becomes the `InputError` that `say` words; an interruption stays one."
+    try: yield
+    except (InputError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as e:
+        raise say(getattr(e, "strerror", None) or str(e) or type(e).__name__) from e
+
+# %% ../../nbs/06_fusion/03_video.ipynb #3f0a91c3
+@functools.cache
+def _full_levels(bits: int) -> np.ndarray:
+    "For each level of limited range (16 to 235 at 8 bits) that of full range."
+    top, unit = 2**bits - 1, 2.0 ** (bits - 8)
+    levels = (np.arange(top + 1) - 16 * unit) / (219 * unit) * top
+    return np.clip(np.rint(levels), 0, top).astype(np.uint8 if bits == 8 else np.uint16)
+
+def _grey(values: np.ndarray, bits: int, limited: bool, modality: str) -> tuple[np.ndarray, float]:
+    "Samples of full range and the value of white; infrared of more than 8 bits stays as it is."
+    if limited and (bits == 8 or modality != "ir"): values = np.take(_full_levels(bits), values, mode="clip")
+    return np.ascontiguousarray(values), 2.0**bits - 1
+
+# %% ../../nbs/06_fusion/03_video.ipynb #3f0a91c4
+def _plane(frame, number: int, bits: int) -> np.ndarray:
+    "Samples of a plane, H×W; of interleaved planes H×nW."
+    plane = frame.planes[number]
+    rows = np.frombuffer(plane, np.uint8 if bits == 8 else "<u2").reshape(plane.height, -1)
+    each = sum(c.plane == number for c in frame.format.components)
+    return rows[:, :plane.width * each]
+
+def _luma(frame, bits: int) -> tuple[np.ndarray, float] | None:
+    "Luma of a YUV frame and the share of its chroma that shows colour; None if that is over 1 %."
+    planar = re.fullmatch(r"yuvj?a?4\d\dp(\d+le)?", frame.format.name)
+    if not planar: frame = frame.reformat(format=f"yuv420p{f'{bits}le' if bits > 8 else ''}")
+    middle, reach = 2 ** (bits - 1), 2 ** (bits - 4)
+    chroma = [_plane(frame, i, bits)[::2, ::2].astype(np.int32) for i in (1, 2)]
+    share = max(float(np.mean(abs(c - middle) > reach)) for c in chroma)
+    return (_plane(frame, 0, bits), share) if share <= 0.01 else None
+
+# %% ../../nbs/06_fusion/03_video.ipynb #3f0a91c5
+@functools.cache
+def _facts(name: str) -> tuple[int, bool, bool]:
+    "Bits of a sample, whether they are YUV and whether there is transparency, by the name of a pixel format."
+    kind = _av().VideoFormat(name)
+    parts = kind.components
+    yuv = len(parts) >= 3 and not (kind.is_rgb or kind.has_palette or name.startswith("xyz"))
+    return max(c.bits for c in parts), yuv, any(c.is_alpha for c in parts)
+
+def _depth_of(frame) -> int: return _facts(frame.format.name)[0]
+
+def _is_yuv(frame) -> bool: return _facts(frame.format.name)[1]
+
+def _full_range(frame) -> bool:
+    return frame.color_range == 2 or frame.format.name.startswith("yuvj")
+
+def _stored_grey(frame, modality: str) -> tuple | None:
+    "Samples and white of a frame that is stored without colour, else None."
+    name, bits, limited = frame.format.name, _depth_of(frame), frame.color_range == 1
+    if name.startswith("grayf"): return frame.to_ndarray(format="grayf32le"), None
+    if name in ("ya8", "ya16le"): return _grey(_plane(frame, 0, bits)[:, ::2], bits, limited, modality)
+    if not re.fullmatch(r"gray(\d*)(le|be)?", name) or bits > 16: return None
+    return _grey(frame.to_ndarray(), bits, limited, modality)
+
+# %% ../../nbs/06_fusion/03_video.ipynb #3f0a91d5
+def _hidden_grey(frame) -> tuple | None:
+    "Samples, white and perhaps a remark on an infrared frame in YUV that shows no colour, else None."
+    bits = _depth_of(frame)
+    if bits > 16 or not _is_yuv(frame): return None
+    if (found := _luma(frame, bits)) is None: return None
+    overlay = ("a small part of it is in colour (an overlay?); its luma is taken",) if found[1] else ()
+    return *_grey(found[0], bits, not _full_range(frame), "ir"), *overlay
+
+# %% ../../nbs/06_fusion/03_video.ipynb #3f0a91c6
+def _colour(frame) -> tuple[np.ndarray, float]:
+    "RGB of 8 or 16 bits and the value of white."
+    ranges = {}
+    if _is_yuv(frame): ranges = {"src_color_range": 2 if _full_range(frame) else 1, "dst_color_range": 2}
+    if _depth_of(frame) <= 8: return frame.to_ndarray(format="rgb24", **ranges), 255.0
+    return frame.to_ndarray(format="rgb48le", **ranges), 65535.0
+
+# %% ../../nbs/06_fusion/03_video.ipynb #3f0a91c7
+def _matrix(frame) -> tuple[float, float, float, float] | None:
+    "a, b, c, d by which a sample is shown at x' = ax + cy, y' = bx + dy; None if the frame is upright."
+    try: data = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV does not know all kinds of side data, such as Exif; it still has the angle
+        turn = np.exp(-1j * np.radians(frame.rotation))
+        return turn.real, turn.imag, -turn.imag, turn.real
+    if data is None: return None
+    a, b, _, c, d = struct.unpack("=5i", bytes(data)[:20])
+    return a, b, c, d
+
+def _upright(values: np.ndarray, frame) -> np.ndarray:
+    "Samples as they are to be shown: turned and mirrored as the display matrix of the frame says."
+    if (matrix := _matrix(frame)) is None: return values
+    a, b, c, d = matrix
+    straight, crossed = max(abs(a), abs(d)), max(abs(b), abs(c))
+    way = lambda v: -1 if v < 0 else 1
+    if crossed * 100 <= straight: return np.ascontiguousarray(values[::way(d), ::way(a)])
+    if straight * 100 <= crossed: return np.ascontiguousarray(values.swapaxes(0, 1)[::way(b), ::way(c)])
+    angle = np.degrees(np.arctan2(b, a))
+    raise InputError(f"is to be shown turned by {angle:.0f} degrees; turn it upright when you export it")
+
+# %% ../../nbs/06_fusion/03_video.ipynb #3f0a91c8
+_CURVES = {16: "PQ", 18: "HLG"}
+
+def _properties(frame) -> tuple[str, ...]:
+    "What a user should know of a frame that is taken as it is."
+    notes = []
+    if _facts(frame.format.name)[2]: notes.append("transparency ignored")
+    if frame.interlaced_frame:
+        notes.append("is interlaced: two moments are in one frame; deinterlace the video first")
+    if curve := _CURVES.get(getattr(frame, "color_trc", None)):  # PyAV before 16 does not tell
+        notes.append(f"has a high dynamic range ({curve}): its values are taken without tone mapping")
+    return tuple(notes)
+
 # %% ../../nbs/06_fusion/03_video.ipynb #620a7f24
 def frame_pixels(
     frame,  # av.VideoFrame
-) -> Pixels:  # H×W in the stored depth, or H×W×3 with 8 or 16 bits
-    "Samples of a decoded frame in its own units: grey stays as it is, everything else becomes RGB."
-    name = frame.format.name
-    grey = re.fullmatch(r"gray(\d*)(le|be)?", name)
-    if grey: return Pixels(frame.to_ndarray(), float(2 ** int(grey[1] or 8) - 1), name)
-    if max(c.bits for c in frame.format.components) <= 8:
-        return Pixels(frame.to_ndarray(format="rgb24"), 255.0, name)
-    return Pixels(frame.to_ndarray(format="rgb48le"), 65535.0, name)
+    modality: str = "vis",  # "ir": YUV without colour is grey, and more than 8 bits keep their numbers
+) -> Pixels:  # H×W in the stored depth, or H×W×3 with 8 or 16 bits; full range, upright
+    "Samples of a decoded frame: grey stays grey, all else becomes RGB; `InputError` if it is shown slanted."
+    found = _stored_grey(frame, modality) or (_hidden_grey(frame) if modality == "ir" else None)
+    values, full, *notes = found or _colour(frame)
+    if full is None and not np.isfinite(values).all():
+        raise InputError("contains NaN or infinite values; repair the frame first")
+    return Pixels(_upright(values, frame), full, frame.format.name, (*notes, *_properties(frame)))
 
 # %% ../../nbs/06_fusion/03_video.ipynb #8f2e97e1
 def _natural(path: Path) -> list:
@@ -69,10 +188,13 @@ class Clip:
     rate: Fraction | None = None  # frames per second; None for a folder
     count: int | None = None  # number of frames; None where the file does not say
     roughly: int | None = None  # number of frames by the duration in the header
+    seconds: float | None = None  # duration in the header
+    modality: str = "vis"  # "ir" or "vis"
+    notes: tuple[str, ...] = ()  # what a user should know
 
     def frames(self) -> Iterator[tuple[Path, Pixels]]:
         "Name and samples of each frame in turn; `InputError` names a frame that cannot be read."
-        return ((f, read_pixels(f)) for f in self.files) if self.files else _decoded(self)
+        return ((name, px) for name, px, _ in _timed(self))
 
 # %% ../../nbs/06_fusion/03_video.ipynb #4efb487a
 _DAMAGE = re.compile(r"CRC mismatch|error while decoding|conceal|corrupt|damaged", re.I)
@@ -86,12 +208,14 @@ def _next_frame(av, frames: Iterator) -> tuple:
     finally: av.logging.set_level(level)
     said = " ".join(text for _, _, text in lines)
     damaged = _DAMAGE.search(said) or frame is not None and frame.is_corrupt
-    return frame, said.strip() if damaged else ""
+    return frame, " ".join(said.split())[:200] if damaged else ""
 
 # %% ../../nbs/06_fusion/03_video.ipynb #c0e51799
-def _whole(clip: Clip, found: int) -> None:
-    "Raise `InputError` if a file ends well before the number of frames that its header states."
+def _whole(clip: Clip, found: int, reached: float | None) -> None:
+    "Raise `InputError` if a file ends well before the number of frames or the time that its header states."
     expected = clip.count or clip.roughly or 0
+    late = clip.seconds and clip.rate and reached is not None
+    if late and reached >= 0.95 * clip.seconds - 2 / clip.rate: return
     if found < 0.95 * expected - 1:
         raise InputError(
             f"{clip.path}: ends after frame {found} of {expected} that its header states; "
@@ -99,51 +223,107 @@ def _whole(clip: Clip, found: int) -> None:
         )
 
 # %% ../../nbs/06_fusion/03_video.ipynb #867a1a9a
-def _decoded(clip: Clip) -> Iterator[tuple[Path, Pixels]]:
-    "Frames of a video file."
-    av, number = _av(), 0
+def _named_pixels(name: Path, frame, modality: str) -> Pixels:
+    "`frame_pixels`, whose refusals then begin with the name of the frame."
+    try: return frame_pixels(frame, modality)
+    except InputError as e:
+        raise InputError(f"{name}: {e}") from e
+
+def _decoded(clip: Clip) -> Iterator[tuple[Path, Pixels, float | None]]:
+    "Frames of a video file with their times in seconds."
+    av, number, start, time = _av(), 0, None, None
     bad = lambda why: InputError(
         f"{clip.path}: frame {number + 1} cannot be decoded ({why}); "
         "repair the file or cut it before this frame"
     )
-    try:
-        with av.open(str(clip.path)) as container:
-            container.streams.video[0].thread_type = "NONE"  # its messages then come from this thread
-            frames = container.decode(video=0)
-            while True:
-                frame, damage = _next_frame(av, frames)
-                if damage:
-                    raise bad(damage)
-                if frame is None:
-                    break
-                yield Path(f"{clip.path} (frame {number + 1})"), frame_pixels(frame)
-                number += 1
-    except av.FFmpegError as e:
-        raise bad(e.strerror or e) from e
-    _whole(clip, number)
+    with _guarded(bad), _opened(clip.path) as container:
+        stream = _stream(container)
+        stream.thread_type = "NONE"  # its messages then come from this thread
+        frames = container.decode(stream)
+        while True:
+            frame, damage = _next_frame(av, frames)
+            if damage:
+                raise bad(damage)
+            if frame is None: break
+            name, time = Path(f"{clip.path} (frame {number + 1})"), frame.time
+            start = time if start is None else start
+            yield name, _named_pixels(name, frame, clip.modality), time
+            number += 1
+    # a header counts its duration from time 0 or from the first frame
+    _whole(clip, number, None if time is None else max(time, time - start))
+
+def _timed(clip: Clip) -> Iterator[tuple[Path, Pixels, float | None]]:
+    "Name, samples and time of each frame; the images of a folder have no time."
+    return ((f, read_pixels(f), None) for f in clip.files) if clip.files else _decoded(clip)
 
 # %% ../../nbs/06_fusion/03_video.ipynb #4154e402
-def _header(path: Path, container) -> Clip:
-    "What the header of a video file says of its first video stream."
-    if not container.streams.video:
-        raise InputError(f"{path}: holds no video stream; give a video file")
-    stream = container.streams.video[0]
-    seconds = container.duration / 1_000_000 if container.duration and len(container.streams) == 1 else 0
-    rate = stream.average_rate or stream.guessed_rate
-    roughly = round(seconds * rate) if rate and seconds else None
-    return Clip(path, (), rate, stream.frames or None, roughly)
+_NO_MOTION = {"ansi", "bintext", "idf", "xbin"}  # FFmpeg shows a text file as a film of its letters
 
-def _video(path: Path) -> Clip:
-    "Look into the header of a video file."
-    av = _av()
-    try:
-        with av.open(str(path)) as container:
-            return _header(path, container)
-    except (av.FFmpegError, OSError) as e:
-        why = getattr(e, "strerror", None) or e
+def _opened(path: Path):
+    "A video file, opened; its name is never an address, and FFmpeg lets a local file refer to none."
+    return _av().open(f"file:{path}", metadata_errors="replace")
+
+def _moving(container) -> list:
+    "The video streams that are no attached picture."
+    kinds = _av().stream.Disposition
+    still = kinds.attached_pic | kinds.timed_thumbnails
+    return [s for s in container.streams.video if not s.disposition & still]
+
+def _stream(container):
+    "The video stream to read; `InputError` if there is none."
+    moving = _moving(container)
+    if not moving or moving[0].codec_context.name in _NO_MOTION:
+        raise InputError(f"{container.name.removeprefix('file:')}: holds no video stream; give a video file")
+    return moving[0]
+
+# %% ../../nbs/06_fusion/03_video.ipynb #3f0a91e3
+def _known_grey(path: Path, stream) -> None:
+    "Refuse infrared of raw 16-bit samples without a code, which FFmpeg takes for RGB of 5 bits."
+    codec = stream.codec_context
+    if codec.name == "rawvideo" and (codec.pix_fmt or "").endswith(("555le", "555be")):
         raise InputError(
-            f"{path}: not a readable video ({why}); export it again, for example as .mkv"
-        ) from e
+            f"{path}: its 16-bit samples have no code that says grey, and RGB of 5 bits would be wrong; "
+            "write it as FFV1 (.mkv, gray16le) or with the code Y16"
+        )
+
+# %% ../../nbs/06_fusion/03_video.ipynb #3f0a91e1
+def _clip_notes(container, stream) -> tuple[str, ...]:
+    "What a user should know of a video before its first frame."
+    notes, others = [], len(_moving(container)) - 1
+    aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio
+    if others:
+        notes.append(f"holds {others + 1} video streams; the first ({stream.width}×{stream.height}) is used")
+    if aspect and aspect != 1:
+        shape = f"{aspect.numerator}:{aspect.denominator}"
+        notes.append(f"its pixels are not square ({shape}); they are fused as they are stored")
+    return tuple(notes)
+
+def _steady(stream) -> Fraction | None:
+    "Frames per second: those of an even stream, even if some frames are lost, else the mean."
+    mean, even = stream.average_rate, stream.guessed_rate
+    if mean and even and abs(even - mean) <= mean / 5: return even
+    return mean or even
+
+def _header(path: Path, container, modality: str) -> Clip:
+    "What the header of a video file says of the stream to read."
+    stream = _stream(container)
+    if modality == "ir": _known_grey(path, stream)
+    seconds = float(stream.duration * stream.time_base) if stream.duration else None
+    if not seconds and container.duration and len(container.streams) == 1: seconds = container.duration / 1e6
+    rate, mean, count = _steady(stream), stream.average_rate, stream.frames or None
+    roughly = round(seconds * (mean or rate)) if seconds and rate else None
+    if count and roughly and count - roughly > max(2, count / 100): count = None  # an edit list hides some
+    return Clip(path, (), rate, count, roughly, seconds, modality, _clip_notes(container, stream))
+
+# %% ../../nbs/06_fusion/03_video.ipynb #3f0a91e2
+def _video(path: Path, modality: str) -> Clip:
+    "Look into the header of a video file."
+    _av()
+    bad = lambda why: InputError(
+        f"{path}: not a readable video ({why}); export it again, for example as .mkv"
+    )
+    with _guarded(bad), _opened(path) as container:
+        return _header(path, container, modality)
 
 # %% ../../nbs/06_fusion/03_video.ipynb #f1c125ab
 def open_clip(
@@ -151,24 +331,24 @@ def open_clip(
     modality: str = "vis",  # "ir" or "vis": the folder names to look for under a root
 ) -> Clip:
     "Find the frames of one modality; `InputError` for a single image, no video, or a frame given twice."
-    source = find_source(path, modality)
+    source = find_source(user_path(path), modality)
     if source.is_file():
         if source.suffix.lower() in EXTENSIONS and source.suffix.lower() != ".gif":
             raise InputError(
                 f"{source}: is a single image; give a video or a folder of frames, or use `smfnet fuse`"
             )
-        return _video(source)
+        return _video(source, modality)
     listed = list_images(source)
     double = [files for files in listed.values() if len(files) > 1]
     if double:
         raise InputError(f"{' and '.join(map(str, double[0]))}: same frame twice; keep one of them")
     files = tuple(sorted((f for fs in listed.values() for f in fs), key=_natural))
-    return Clip(source, files, None, len(files))
+    return Clip(source, files, None, len(files), modality=modality)
 
 # %% ../../nbs/06_fusion/03_video.ipynb #383298ba
 def _same_names(ir: Clip, vis: Clip) -> None:
     "Raise `InputError` for a frame without its partner, if two folders use the same names at all."
-    names = [{f.stem: f for f in c.files} for c in (ir, vis)]
+    names = [{same_name(f.stem): f for f in c.files} for c in (ir, vis)]
     lonely = sorted(names[0].keys() ^ names[1].keys()) if names[0].keys() & names[1].keys() else []
     if lonely:
         raise InputError(
@@ -177,16 +357,22 @@ def _same_names(ir: Clip, vis: Clip) -> None:
         )
 
 # %% ../../nbs/06_fusion/03_video.ipynb #de52a574
+def _same_count(ir: Clip, vis: Clip, by_time: bool) -> None:
+    "Raise `InputError` if the numbers of frames differ; by time, frames may be missing on the way."
+    if not (ir.count and vis.count) or ir.count == vis.count: return
+    if by_time and ir.seconds and vis.seconds and vis.rate:
+        if abs(ir.seconds - vis.seconds) * vis.rate < 1.5: return
+    raise InputError(
+        f"{ir.path} has {ir.count} frames and {vis.path} has {vis.count}; cut both to the same length"
+    )
+
 def _same(ir: Clip, vis: Clip, fps) -> None:
     "Compare what the two clips say of themselves."
     if os.path.samefile(ir.path, vis.path):
         raise InputError(f"{ir.path}: given as infrared and as visible; give the two modalities")
-    if ir.count and vis.count and ir.count != vis.count:
-        raise InputError(
-            f"{ir.path} has {ir.count} frames and {vis.path} has {vis.count}; cut both to the same length"
-        )
+    _same_count(ir, vis, fps is None and not ir.files and not vis.files)
     _same_names(ir, vis)
-    if fps is None and ir.rate and vis.rate and abs(ir.rate - vis.rate) > max(ir.rate, vis.rate) / 1000:
+    if fps is None and ir.rate and vis.rate and abs(ir.rate - vis.rate) > max(ir.rate, vis.rate) / 50:
         raise InputError(
             f"{ir.path} has {float(ir.rate):.5g} frames per second and {vis.path} has {float(vis.rate):.5g}; "
             "convert one of them, or give fps if the frames belong together one by one"
@@ -195,7 +381,7 @@ def _same(ir: Clip, vis: Clip, fps) -> None:
 # %% ../../nbs/06_fusion/03_video.ipynb #d7ddb2e5
 def _rate(ir: Clip, vis: Clip, fps: float | None) -> Fraction:
     "Frames per second of the output: given, of the visible clip, of the infrared clip, or 25."
-    if fps is None: return vis.rate or ir.rate or Fraction(25)
+    if fps is None: return next((c.rate for c in (vis, ir) if c.rate and c.rate <= 1000), Fraction(25))
     rate = Fraction(fps).limit_denominator(1001) if np.isfinite(fps) else 0
     if not 0 < rate <= 1000:
         raise InputError(f"fps: {fps:g} is not a frame rate; give a number between 0.001 and 1000")
@@ -245,22 +431,103 @@ class FramePair:
     ir: Picture
     vis: Picture
     colour: bool  # whether the visible stream stores colour, even if this frame shows none
+    time: float | None = None  # of the visible frame after the first pair, seconds; None: paired by number
 
 # %% ../../nbs/06_fusion/03_video.ipynb #45e91296
-def _in_step(ir: Clip, vis: Clip) -> Iterator[tuple]:
-    "Names and samples of both clips, frame by frame; `InputError` if one ends before the other."
-    left, right, number = ir.frames(), vis.frames(), 0
-    while True:
-        a, b = next(left, None), next(right, None)
-        if a is None and b is None: return
-        if a is None or b is None:
-            short, long = (ir, vis) if a is None else (vis, ir)
+class _Walk:
+    "A clip on its way: the frame at hand, its number, and its time after the first frame."
+    def __init__(self, clip: Clip):
+        self.clip, self._frames = clip, _timed(clip)
+        self.number, self.alone, self.gap, self.start, self.time, self.item = 0, 0, None, None, None, None
+
+    def step(self, by_time: bool = False) -> None:
+        "Take the next frame, or None at the end."
+        self.item = next(self._frames, None)
+        if self.item is None: return
+        self.number += 1
+        time = self.item[2]
+        if self.number == 1: self.start = time
+        if self.start is None: return
+        step = 1 / float(self.clip.rate or 25)
+        self._advance(self.time + step if time is None else time - self.start, by_time)
+
+    def _advance(self, time: float, by_time: bool) -> None:
+        if by_time and self.number > 1 and time <= self.time:
             raise InputError(
-                f"{short.path}: ends after frame {number}, but {long.path} goes on; "
-                "cut both to the same length"
+                f"{self.item[0]}: its time stamp is not after that of the frame before it; write the time "
+                "stamps anew, or give fps if the frames belong together one by one"
             )
-        number += 1
-        yield number, a, b
+        late = self.number > 1 and (time - self.time) * float(self.clip.rate or 25)
+        if late > 1.6 and not self.gap: self.gap = f"{self.item[0].name}: comes {late:.1f} frames"
+        self.time = time
+
+# %% ../../nbs/06_fusion/03_video.ipynb #3f0a91f1
+_REACH = 0.6  # of the distance between two frames: within it the frames of a pair may lie
+
+def _reach(ir: Clip, vis: Clip) -> float:
+    "Seconds by which the times of a pair may differ."
+    rates = [c.rate for c in (ir, vis) if c.rate]
+    return _REACH / float(max(rates, default=25))
+
+def _leave_out(early: _Walk, other: _Walk, reach: float, log: Callable[[str], None]) -> None:
+    "Pass over a frame without partner; `InputError` if there are too many."
+    early.alone += 1
+    if early.alone == 1:
+        log(
+            f"{early.item[0].name}: no frame of {other.clip.path.name} within {1000 * reach:.0f} ms of its "
+            f"time ({early.time:.3f} s after the first); such frames are left out"
+        )
+    alone = early.alone + other.alone
+    if alone > 25 and alone > max(early.number, other.number) / 4:
+        raise InputError(
+            f"{early.clip.path} and {other.clip.path}: {alone} frames up to {early.time:.3f} s have no "
+            "partner in time; convert both to one steady rate, or give fps if the frames belong one by one"
+        )
+    early.step(by_time=True)
+
+# %% ../../nbs/06_fusion/03_video.ipynb #3f0a91f2
+def _has_clocks(a: _Walk, b: _Walk, reach: float, log: Callable[[str], None]) -> bool:
+    "Whether both first frames have a time; a remark if not, or if the clocks differ."
+    for walk in (a, b):
+        if walk.start is None and not walk.clip.files:
+            log(f"{walk.clip.path.name}: has no time stamps; its frames are paired by number")
+    if a.start is None or b.start is None: return False
+    if abs(a.start - b.start) > reach:
+        starts = [f"{w.clip.path.name} starts at {w.start:.3f} s" for w in (a, b)]
+        log(f"{starts[0]}, {starts[1]}; their first frames are taken as one moment")
+    return True
+
+def _partners(a: _Walk, b: _Walk, by_time: bool, reach: float, log: Callable[[str], None]) -> Iterator[None]:
+    "Yield whenever the frames at hand belong together, until one clip ends."
+    while a.item and b.item:
+        late = a.time - b.time if by_time else 0
+        if abs(late) > reach: _leave_out(*((b, a) if late > 0 else (a, b)), reach, log)
+        else:
+            yield
+            a.step(by_time)
+            b.step(by_time)
+
+# %% ../../nbs/06_fusion/03_video.ipynb #3f0a91f3
+def _summed_up(walk: _Walk, by_number: bool, log: Callable[[str], None]) -> None:
+    "Say what the times of a clip have shown on the way."
+    if walk.alone > 1: log(f"{walk.clip.path.name}: {walk.alone} frames without partner in time are left out")
+    if walk.gap and by_number:
+        log(f"{walk.gap} after the one before; by number, frames that only one clip lost cannot be seen")
+
+def _in_step(ir: Clip, vis: Clip, by_time: bool, log: Callable[[str], None]) -> Iterator[tuple]:
+    "Names, samples and times of both clips, pair by pair; `InputError` if one ends before the other."
+    a, b, reach = _Walk(ir), _Walk(vis), _reach(ir, vis)
+    for walk in (a, b): walk.step()
+    clocks = bool(by_time and a.item and b.item and _has_clocks(a, b, reach, log))
+    for number, _ in enumerate(_partners(a, b, clocks, reach, log), 1):
+        yield number, a.item, b.item, b.time if clocks else None
+    for walk in (a, b): _summed_up(walk, by_time and not clocks, log)
+    if a.item or b.item:
+        short, long = (a, b) if b.item else (b, a)
+        raise InputError(
+            f"{short.clip.path}: ends after frame {short.number}, but {long.clip.path} goes on; "
+            "cut both to the same length"
+        )
 
 # %% ../../nbs/06_fusion/03_video.ipynb #259a295b
 def _one_size(pair: FramePair) -> FramePair:
@@ -275,15 +542,18 @@ def pair_frames(
     ir: Clip,
     vis: Clip,
     range=None,  # (lo, hi), None: that of the first frame that has one, or "frame": each its own
+    *,
+    by_time: bool = True,  # pair two videos by their time stamps, not by number
+    log: Callable[[str], None] = print,  # receives remarks on the times
 ) -> Iterator[FramePair]:
     "Decode both clips in step; `InputError` names the frame or the clip that does not fit."
     first, how = None, "given"
-    for number, (a_name, a), (b_name, b) in _in_step(ir, vis):
+    for number, (a_name, a, _), (b_name, b, _), moment in _in_step(ir, vis, by_time, log):
         first = first or a
         _same_depth(a_name, a, first, range)
         if range is None and (range := _first_range(a)): how = "robust range of this frame, kept for all"
         scaled = _picture(a_name, a, "ir", None if range == "frame" else range, how)
-        yield _one_size(FramePair(number, scaled, _picture(b_name, b, "vis"), b.values.ndim == 3))
+        yield _one_size(FramePair(number, scaled, _picture(b_name, b, "vis"), b.values.ndim == 3, moment))
 
 # %% ../../nbs/06_fusion/03_video.ipynb #7c1ef20e
 def _deliver(items: Iterable, box: queue.Queue, stop: threading.Event) -> None:
@@ -376,7 +646,7 @@ class VideoFile:
         name: str | Path = "",  # what messages call it, if `path` is a temporary name
     ):
         self.path, self.rate, self.name = path, rate, name or path
-        self.frames, self._container = 0, None
+        self.frames, self.closed, self._container, self._slot = 0, False, None, -1
 
     def write(
         self,
@@ -391,6 +661,7 @@ class VideoFile:
                 f"{pair.vis.path}: frame {pair.number} has another size, depth or number of channels "
                 "than the first; make them alike or write a folder of PNG"
             )
+        self._slot = max(self._slot + 1, round((pair.time or 0) * self.rate))
         self._encode(_levels(pair, fused, pair.colour))
         self.frames += 1
 
@@ -414,43 +685,56 @@ def _codec(self: VideoFile, bits: int) -> str:
 
 # %% ../../nbs/06_fusion/03_video.ipynb #f451a297
 @patch
+def _unwritable(self: VideoFile, why) -> InputError:
+    "The error for a write that failed; the container is given up, since FFmpeg may crash if it goes on."
+    what = "its end" if self.closed else f"frame {self.frames + 1}"
+    self.closed, self._container, self._stream = True, None, None
+    return InputError(
+        f"{self.name}: {what} cannot be written ({why}); "
+        "free some space or choose another place"
+    )
+
+@patch
 def _open(self: VideoFile, shape: tuple[int, int], bits: int, colour: bool) -> None:
     "Begin the file; from now on `_kind` is fixed."
     name = self._codec(bits)
     self._kind, self._layout = (shape, bits, colour), _LAYOUT[bits, colour]
-    self._container = _av().open(str(self.path), "w")
-    self._stream = s = self._container.add_stream(name, rate=self.rate)
+    with _guarded(self._unwritable):
+        self._container = _av().open(f"file:{self.path}", "w")
+        self._stream = s = self._container.add_stream(name, rate=self.rate)
     s.height, s.width = shape
     if name == "ffv1":
         s.pix_fmt = _FFV1[bits, colour]
         s.options = {"level": "3", "slices": "4", "slicecrc": "1"}
-    else:
-        odd = any(side % 2 for side in shape)
-        s.pix_fmt = "yuv444p" if odd else "yuv420p"
-        s.options = {"crf": "14", "preset": "veryfast"}
+        if not colour: s.codec_context.color_range = 2  # grey from 0 on, said so that no player guesses
+    else: self._open_lossy(s)
+
+# %% ../../nbs/06_fusion/03_video.ipynb #3f0a91f4
+@patch
+def _open_lossy(self: VideoFile, s) -> None:
+    "H.264 of limited range by ITU-R BT.601, marked so: players may take an unmarked picture for BT.709."
+    odd = any(side % 2 for side in self._kind[0])
+    s.pix_fmt = "yuv444p" if odd else "yuv420p"
+    s.options = {"crf": "14", "preset": "veryfast"}
+    s.codec_context.color_range, s.codec_context.colorspace = 1, 6
 
 # %% ../../nbs/06_fusion/03_video.ipynb #c7ab3454
 @patch
 def _encode(self: VideoFile, levels: np.ndarray | None) -> None:
     "Encode and store one frame, or with None what the encoder holds back."
-    av = _av()
-    try:
-        frame = None if levels is None else av.VideoFrame.from_ndarray(levels, format=self._layout)
-        for packet in self._stream.encode(frame):
-            self._container.mux(packet)
-    except av.FFmpegError as e:
-        raise InputError(
-            f"{self.name}: frame {self.frames + 1} cannot be written ({e.strerror or e}); "
-            "free some space or choose another place"
-        ) from e
+    with _guarded(self._unwritable):
+        frame = None if levels is None else _av().VideoFrame.from_ndarray(levels, format=self._layout)
+        if frame: frame.pts, frame.time_base = self._slot, 1 / self.rate
+        for packet in self._stream.encode(frame): self._container.mux(packet)
 
 # %% ../../nbs/06_fusion/03_video.ipynb #328a7834
 @patch
 def close(self: VideoFile) -> None:
-    "Write what is held back and the end of the file."
-    if self._container is None: return
-    try: self._encode(None)
-    finally: self._container.close()
+    "Write what is held back and the end of the file; a second call does nothing."
+    if self._container is None or self.closed: return
+    self.closed = True
+    self._encode(None)
+    with _guarded(self._unwritable): self._container.close()
 
 # %% ../../nbs/06_fusion/03_video.ipynb #7ea27090
 def _png_name(number: int, source: Path, numbered: bool) -> str:
@@ -490,25 +774,44 @@ class PngFolder:
         self.frames += 1
 
 # %% ../../nbs/06_fusion/03_video.ipynb #9d67685d
+def _partial(out: Path) -> Path:
+    "The name that a video gets that broke off."
+    return out.with_name(f"{out.stem}.partial{out.suffix}")
+
+def _no_source(out: Path, ir: Clip, vis: Clip) -> None:
+    if out.exists() and any(os.path.samefile(out, c.path) for c in (ir, vis)):
+        raise InputError(f"{out}: is a source and would be overwritten; choose another output")
+
+def _target_folder(out: Path, ir: Clip, vis: Clip) -> Path:
+    "A folder for PNG, neither a source nor one of other frames."
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is there and is no folder; give a folder, or a name in .mkv or .mp4")
+    _no_source(out, ir, vis)
+    if out.is_dir(): _no_other_frames(out, ir, vis)
+    return out
+
+# %% ../../nbs/06_fusion/03_video.ipynb #3f0a91f5
 def _target(out: str | Path, ir: Clip, vis: Clip) -> Path:
     "The output, neither a source nor of an unknown kind nor a folder of other frames."
-    out = Path(out).expanduser()
-    if out.suffix and not out.is_dir() and out.suffix.lower() not in VIDEOS:
+    out = user_path(out)
+    if out.is_dir() or not out.suffix: return _target_folder(out, ir, vis)
+    if out.suffix.lower() not in VIDEOS:
         raise InputError(
             f"{out}: video is written as {' or '.join(VIDEOS)}; a name without an ending is a folder of PNG"
         )
-    if out.exists() and any(os.path.samefile(out, c.path) for c in (ir, vis)):
-        raise InputError(f"{out}: is a source and would be overwritten; choose another output")
-    if out.is_dir(): _no_other_frames(out, ir, vis)
+    for name in (out, _partial(out)):
+        check_output(name)
+        _no_source(name, ir, vis)
     return out
 
 # %% ../../nbs/06_fusion/03_video.ipynb #a96317a9
 def _rescue(video: VideoFile, partial: Path, log: Callable[[str], None]) -> None:
     "Close a video that broke off and give it a name that says so."
-    try: video.close()
-    except Exception: return  # the disk is full, for instance: nothing playable is left
-    if not video.frames: return
-    os.replace(video.path, partial)
+    if video.closed or not video.frames: return
+    try:
+        video.close()
+        shutil.move(video.path, os.path.realpath(partial))
+    except (InputError, OSError): return  # the disk is full, for instance: nothing playable is left
     log(f"the first {video.frames} frames are in {partial}")
 
 # %% ../../nbs/06_fusion/03_video.ipynb #3793f673
@@ -530,7 +833,7 @@ def _sink(
             yield video
             video.close()
         except BaseException:
-            _rescue(video, out.with_name(f"{out.stem}.partial{out.suffix}"), log)
+            _rescue(video, _partial(out), log)
             raise
 
 # %% ../../nbs/06_fusion/03_video.ipynb #a0b0de0c
@@ -559,10 +862,12 @@ def _remarks(log: Callable[[str], None]) -> Callable[[FramePair], None]:
     return say
 
 # %% ../../nbs/06_fusion/03_video.ipynb #f7bfe0f5
-def _fuse_frames(model, ir: Clip, vis: Clip, range, sink, log: Callable[[str], None], show: bool) -> None:
+def _fuse_frames(
+    model, ir: Clip, vis: Clip, range, by_time: bool, sink, log: Callable[[str], None], show: bool
+) -> None:
     "Read, fuse and write all frames; reading and writing go on in threads of their own."
     say, total = _remarks(log), ir.count or vis.count or ir.roughly or vis.roughly
-    frames = pair_frames(ir, vis, range)
+    frames = pair_frames(ir, vis, range, by_time=by_time, log=log)
     with WriteBehind(sink.write) as behind, contextlib.closing(read_ahead(frames)) as pairs:
         for pair in track(pairs, desc="fusing", unit="frame", total=total, show=show):
             say(pair)
@@ -576,7 +881,7 @@ def fuse_video(
     out: str | Path,  # .mkv (exact), .mp4 (8 bits, compressed), or a folder that receives PNG
     model=None,  # object with fuse(vis=, ir=), or weights for `load_model`; None: the shipped model
     range: tuple[float, float] | str | None = None,  # that becomes 0 to 1; "frame": each its own
-    fps: float | None = None,  # frames per second of a written video; None: as the inputs, 25 for folders
+    fps: float | None = None,  # of a written video, and frames are paired by number; None: as the inputs
     device: str = "auto",  # where weights are loaded to; ignored for an object
     max_memory: int | str | None = None,  # of a pair: "4GB", bytes; None: what is free; ignored for an object
     progress: bool = True,  # show how far it is
@@ -585,11 +890,13 @@ def fuse_video(
     "Fuse two clips frame by frame; `InputError` for bad input, after which the finished frames stay."
     if range is not None and range != "frame": range = check_range(range)
     a, b = open_clip(ir, "ir"), open_clip(vis, "vis")
+    for clip in (a, b):
+        for note in clip.notes: log(f"{clip.path.name}: {note}")
     _same(a, b, fps)
     rate, target = _rate(a, b, fps), _target(out, a, b)
     model, start = _as_model(model, device, max_memory), time.perf_counter()
     with _sink(target, b, rate, log) as sink:
-        _fuse_frames(model, a, b, range, sink, log, progress)
+        _fuse_frames(model, a, b, range, fps is None, sink, log, progress)
     if not sink.frames:
         raise InputError(f"{a.path} and {b.path}: hold no frame; give clips with at least one")
     return VideoReport(target, sink.frames, time.perf_counter() - start)
