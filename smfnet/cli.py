@@ -220,6 +220,9 @@ def _model(args: argparse.Namespace):
     "The model of `_model_options`: a name that the package loads, or an exported network."
     import torch
     threads = args.threads and min(args.threads, os.cpu_count() or 1)  # more make nothing faster
+    if threads != args.threads:
+        remark = f"--threads {args.threads}: there are {threads} processors; {threads} are used"
+        print(remark, file=sys.stderr)
     if threads: torch.set_num_threads(threads)
     if not args.weights.lower().endswith(".onnx"): return args.weights
     from smfnet.core.checks import InputError

@@ -25,7 +25,7 @@ from ..data.pixels import EXTENSIONS
 from ..fast.prepared import prepare_for_inference
 from ..fast.tiles import parse_memory
 from ..network.model import SMFNet
-from ..network.released import load_released
+from ..network.weights import load_weights
 
 # %% ../../nbs/06_fusion/02_files.ipynb #2db12e9f
 def pick_device(
@@ -43,24 +43,15 @@ def pick_device(
         )
     return device
 
-# %% ../../nbs/06_fusion/02_files.ipynb #502df2a2
-def _load_known(path: Path) -> nn.Module:
-    "A checkpoint of the release, or a file of ours; if it is neither, the finding about our format counts."
-    if path.suffix.lower() != ".safetensors": return load_released(path)
-    try: return SMFNet.load(path)
-    except InputError as own:
-        try: return load_released(path)
-        except InputError:
-            raise own from None
-
 # %% ../../nbs/06_fusion/02_files.ipynb #9af4abc4
 def _load_file(path: Path) -> nn.Module:
     if not path.is_file():
+        found = "is no regular file" if path.exists() else "no such weights file"
         raise InputError(
-            f"{path}: no such weights file; give 'tiny' (shipped), the authors' checkpoint, "
+            f"{path}: {found}; give 'tiny' (shipped), the authors' checkpoint, "
             "or a .safetensors file of your own (make reproduce trains one)"
         )
-    try: return _load_known(path)
+    try: return load_weights(path)
     except InputError as e:
         if str(path) in str(e):
             raise
@@ -74,6 +65,8 @@ def load_model(
 ) -> nn.Module:  # in evaluation mode
     "Load weights of any known kind; `InputError` for a file of another kind."
     target, name = pick_device(device), str(weights)
+    if not name.strip():
+        raise InputError("weights: the name is empty; give 'tiny' (shipped) or a weights file")
     shipped = not Path(name).suffix and os.sep not in name and "/" not in name and not Path(name).is_file()
     model = SMFNet.from_pretrained(name) if shipped else _load_file(Path(name).expanduser())
     return model.to(target).eval()
@@ -185,7 +178,7 @@ def _as_model(model, device: str, max_memory: int | str | None = None):
     "An object as it is; weights are loaded, and prepared if their variant of the network can be."
     if max_memory is not None: parse_memory(max_memory)
     if model is not None and not isinstance(model, str | Path): return model
-    loaded = load_model(model or "tiny", device=device)
+    loaded = load_model("tiny" if model is None else model, device=device)
     try: return prepare_for_inference(loaded, max_memory=max_memory)
     except InputError:
         if max_memory is not None:

@@ -9,8 +9,10 @@ __all__ = ['FORMAT', 'TOLERANCE', 'ExportableFusion', 'export_onnx', 'OnnxModel'
 import contextlib
 import copy
 import importlib
+import io
 import json
 import logging
+import os
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +25,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..core.checks import MIN_SIDE, InputError, check_pair, toy_pair
 from ..core.provenance import atomic_path
+from ..core.tensor_files import what_it_is
 from ..fast.prepared import joined_kernel
 from ..fast.training import as_written
 from ..network.attention import MDTA, DenseMDTA
@@ -219,26 +222,54 @@ def export_onnx(
             )
     return difference
 
+# %% ../../nbs/06_fusion/04_onnx.ipynb #bf8be4ba
+def _first_line(e: Exception) -> str:
+    return (str(e).splitlines() or [type(e).__name__])[0][:120]
+
+def _no_graph(path: Path) -> None:
+    "`InputError` for what is no file, or surely something else than ONNX."
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; write one with `smfnet export-onnx`")
+    found = what_it_is(path)
+    if found and "ONNX" not in found[0]:
+        raise InputError(f"{path}: is {found[0]}; {found[1]}")
+
+# %% ../../nbs/06_fusion/04_onnx.ipynb #f436a2e5
+def _check_signature(path: Path, session) -> None:
+    "`InputError` unless a graph takes and gives what an exported network does."
+    for what, names, found in (
+        ("inputs", {"vis", "ir"}, session.get_inputs()), ("outputs", {"fused"}, session.get_outputs()),
+    ):
+        shapes = {x.name: (x.type, [n for n in x.shape if isinstance(n, int)], len(x.shape)) for x in found}
+        if shapes != dict.fromkeys(names, ("tensor(float)", [1], 4)):
+            listed = ", ".join(f"{x.name} {x.type} {x.shape}" for x in found[:4])
+            raise InputError(
+                f"{path}: its {what} are {listed}, not {', '.join(sorted(names))} of B×1×H×W float32; "
+                "export the network again"
+            )
+
 # %% ../../nbs/06_fusion/04_onnx.ipynb #dd78dabd
 def _session(path: Path, threads: int):
     "An ONNX Runtime session on the CPU; `InputError` for anything that is not our kind of file."
     _needs("onnxruntime")
     import onnxruntime
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; write one with `smfnet export-onnx`")
+    _no_graph(path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4  # fatal errors only
-    try: session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints about a second try
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        found = session.get_modelmeta().custom_metadata_map.get("format")
     except Exception as e:  # the runtime's errors have no common base
-        why = str(e).splitlines()[0][:120]
+        why = _first_line(e)
         raise InputError(f"{path}: ONNX Runtime cannot read it ({why}); export the network again") from e
-    found = session.get_modelmeta().custom_metadata_map.get("format")
     if found != FORMAT:
         raise InputError(
             f"{path}: ONNX, but not written by `smfnet export-onnx` (format {found!r}); "
             "export the network again"
         )
+    _check_signature(path, session)
     return session
 
 # %% ../../nbs/06_fusion/04_onnx.ipynb #9fbe4cbb
@@ -248,10 +279,11 @@ class OnnxModel:
         self,
         path: str | Path,  # file written by `export_onnx`
         *,
-        threads: int | None = None,  # processor threads; None: as many as PyTorch uses
+        threads: int | None = None,  # processor threads, as many as there are; None: those of PyTorch
     ):
         self.path = Path(path).expanduser()
-        self.session = _session(self.path, threads or torch.get_num_threads())
+        wanted = threads or torch.get_num_threads()
+        self.session = _session(self.path, min(wanted, os.cpu_count() or 1))
         self.metadata: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
 
     def fuse(
@@ -267,4 +299,6 @@ class OnnxModel:
         except Exception as e:
             if "alloc" in str(e):
                 raise MemoryError(f"{self.path}: {tuple(vis.shape)} does not fit into memory") from e
-            raise
+            raise InputError(
+                f"{self.path}: fails on {tuple(vis.shape)} ({_first_line(e)}); export it again"
+            ) from e

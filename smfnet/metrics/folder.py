@@ -9,19 +9,16 @@ __all__ = ['evaluate_files', 'evaluate_folder', 'UndefinedWarning', 'to_table', 
 # %% ../../nbs/07_metrics/10_folder.ipynb #2c09f172
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping, Sequence
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from ..core.checks import InputError
 from ..core.progress import track
 from ..core.provenance import atomic_path, check_output
-from ..data.images import common_range
+from ..core.workers import in_processes
 from ..data.pixels import read_pixels
 from .comparison import compare as compare_tables
 from .comparison import summarise
@@ -53,17 +50,6 @@ def _attempt(paths: dict[str, Path], measure) -> Scores | str:
     try: return measure(paths)
     except InputError as e: return str(e)
 
-def _measured(jobs, measure, workers) -> Iterator[Scores | str]:
-    if workers <= 1:
-        yield from map(measure, jobs)
-        return
-    one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
-    with ProcessPoolExecutor(workers, get_context("spawn"), **one_thread) as pool:
-        try: yield from pool.map(measure, jobs)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
 # %% ../../nbs/07_metrics/10_folder.ipynb #f492ad15
 def evaluate_folder(
     *,
@@ -88,7 +74,7 @@ def evaluate_folder(
     if not strict: measure = partial(_attempt, measure=measure)
     jobs = list(matched.values())
     found = track(
-        _measured(jobs, measure, min(workers, len(jobs))), total=len(jobs),
+        in_processes(measure, jobs, workers=workers), total=len(jobs),
         desc=f"{Path(fused).name} ({p.name})", unit="image", show=progress,
     )
     return _collected(dict(zip(matched, found, strict=True)), p.name, problems)

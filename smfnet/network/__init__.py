@@ -15,4 +15,5 @@ __getattr__, __dir__, __all__ = front_door(__name__, {
     "PRESETS": "model",
     "configuration": "model",
     "load_released": "released",
+    "load_weights": "weights",
 })

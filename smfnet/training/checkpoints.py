@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..core.checks import InputError
 from ..core.provenance import atomic_path, sha256, write_json
+from ..core.tensor_files import writing
 
 # %% ../../nbs/05_training/01_checkpoints.ipynb #be0d5856
 _NAME = re.compile(r"step-(\d{9})\.json$")
@@ -41,18 +42,26 @@ def save_checkpoint(
 ) -> Path:  # the JSON file
     "Write a checkpoint atomically, then remove all but the newest `keep`; `InputError` for a full disk."
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder): folder.mkdir(parents=True, exist_ok=True)
+    _sweep_halves(folder)
     path = folder / f"step-{step:09d}.safetensors"
     with atomic_path(path) as part: save_file(_contiguous(tensors), part)
     state = json.loads(json.dumps(state))                # as it will be read
-    write_json(
-        path.with_suffix(".json"),
-        {"step": step, "sha256": sha256(path), "state": state, "state_sha256": _digest(step, state)},
-    )
+    about = {"step": step, "sha256": sha256(path), "state": state, "state_sha256": _digest(step, state)}
+    try: write_json(path.with_suffix(".json"), about)
+    except InputError:
+        _sweep_halves(folder)
+        raise
     for old in list_checkpoints(folder)[keep:]:
         old.unlink(missing_ok=True)  # first the JSON: a checkpoint without it does not exist
         old.with_suffix(".safetensors").unlink(missing_ok=True)
     return path.with_suffix(".json")
+
+# %% ../../nbs/05_training/01_checkpoints.ipynb #f0a3e56f
+def _sweep_halves(folder: Path) -> None:
+    "Remove tensors that have no JSON beside them."
+    for path in folder.glob("step-*.safetensors"):
+        if not path.with_suffix(".json").exists(): path.unlink(missing_ok=True)
 
 # %% ../../nbs/05_training/01_checkpoints.ipynb #6109160c
 def list_checkpoints(
@@ -72,7 +81,9 @@ def _read_one(path: Path) -> tuple[dict[str, Tensor], dict]:
     return load_file(data), meta["state"]
 
 # %% ../../nbs/05_training/01_checkpoints.ipynb #66f6bd45
-_DAMAGE = (InputError, OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
+_DAMAGE = (
+    InputError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError
+)
 
 def load_checkpoint(
     folder: str | Path,  # where checkpoints of one run live

@@ -20,13 +20,15 @@ from pathlib import Path
 
 import torch
 
-from ..core.checks import InputError
+from ..core.checks import InputError, user_path
+from ..core.command import run_command
 from ..data.patches import PatchSet, load_pairs
 from ..fast.memory import keep_freed_memory
 from ..network.model import SMFNet
+from ..network.weights import load_weights
 from .checkpoints import load_checkpoint
 from .recipes import Recipe, recipe
-from .trainer import Progress, Trainer, TrainingError
+from .trainer import Progress, Trainer, TrainingError, check_length
 
 # %% ../../nbs/05_training/04_processes.ipynb #2e33815f
 def team_size() -> int:  # 1 unless torchrun or a notebook's launcher started this process
@@ -130,6 +132,7 @@ def train(
     "Continue or start a run and save its weights; a folder with another run's checkpoints starts over."
     if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1:
         raise InputError(f"processes: {processes!r}; give 1 or more")
+    check_length(steps, minutes)
     keep_freed_memory()
     rest = (model, data, r, folder, steps, minutes, notes, progress)
     if processes == 1: return _work(*rest, live, device, settings)
@@ -145,6 +148,8 @@ def _setting(text: str) -> tuple[str, object]:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
     try: return name, json.loads(value)
     except json.JSONDecodeError: return name, value
+    except (ValueError, RecursionError) as e:  # a number of 5000 digits, brackets without end
+        raise argparse.ArgumentTypeError(f"{text[:40]}…: cannot be a setting ({type(e).__name__})") from e
 
 # %% ../../nbs/05_training/04_processes.ipynb #f695d940
 def _parser() -> argparse.ArgumentParser:
@@ -199,30 +204,41 @@ def ending(
     return "stopped by the time budget; start again to continue"
 
 # %% ../../nbs/05_training/04_processes.ipynb #206f0c23
-def main(
-    argv: list[str] | None = None,  # arguments; those of the process if None
-) -> int:  # exit status: 0 success, 1 training failed, 2 bad input
-    "Command line of training."
+def _prepared(args: argparse.Namespace) -> tuple[SMFNet, PatchSet, Recipe]:
+    "What the arguments mean: network, data, recipe."
+    if not 0 <= args.seed < 2 ** 63:
+        raise InputError(f"seed: {args.seed}; give a whole number of 0 or more")
+    torch.manual_seed(args.seed)
+    r = recipe(args.recipe, **dict(args.settings))
+    model = SMFNet(args.preset) if args.init is None else load_weights(user_path(args.init))
+    data = PatchSet(
+        load_pairs(user_path(args.data), progress=False), patch=r.patch, stride=r.stride,
+        min_contrast=r.min_contrast, flips=r.flips, gain=r.gain, seed=args.seed,
+    )
+    return model, data, r
+
+def _run(argv: list[str] | None) -> int:
     args = _parser().parse_args(argv)
+    check_length(args.steps, args.minutes)
+    out = user_path(args.out)
     try:
-        torch.manual_seed(args.seed)
-        r = recipe(args.recipe, **dict(args.settings))
-        model = SMFNet.load(args.init) if args.init else SMFNet(args.preset)
-        data = PatchSet(
-            load_pairs(args.data, progress=False), patch=r.patch, stride=r.stride,
-            min_contrast=r.min_contrast, flips=r.flips, gain=r.gain, seed=args.seed,
-        )
         where = train(
-            model, data, r, args.out, steps=args.steps, minutes=args.minutes, seed=args.seed,
+            *_prepared(args), out, steps=args.steps, minutes=args.minutes, seed=args.seed,
             device=args.device, stages=tuple(args.stages), checkpoint_every=args.checkpoint_every,
             sync_batchnorm=args.sync_batchnorm, notes={"recipe": args.recipe, "seed": str(args.seed)},
         )
-    except (InputError, TrainingError) as e:
+    except TrainingError as e:
         print(f"error: {e}", file=sys.stderr)
-        return 2 if isinstance(e, InputError) else 1
+        return 1
     if os.environ.get("RANK", "0") == "0":
         print(f"{where.step} steps, {ending(where, args.steps)}: {args.out}")
     return 0
+
+def main(
+    argv: list[str] | None = None,  # arguments; those of the process if None
+) -> int:  # exit status: 0 success, 1 training failed, 2 bad input or a full disk, 130 interrupted
+    "Command line of training."
+    return run_command(lambda: _run(argv), prefix="error")
 
 # %% ../../nbs/05_training/04_processes.ipynb #00662d9a
 if __name__ == "__main__" and "__file__" in globals():

@@ -3,6 +3,7 @@
 The export itself is tested in its notebook.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -54,24 +55,27 @@ def test_the_exported_route_is_the_network(options, shape):
     )
 
 
-def graph(path, *, form=FORMAT, weight=0.5):
+def graph(
+    path, *, form=FORMAT, weight=0.5, names=("vis", "ir", "fused"), shape=("b", 1, "h", "w"), kind="FLOAT"
+):
     "A hand-made graph with the names of an exported network: weight · vis + (1 − weight) · ir."
     onnx = pytest.importorskip("onnx", reason=WHY)
     pytest.importorskip("onnxruntime", reason=WHY)
     from onnx import TensorProto, helper
 
-    value = lambda name: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 1, "h", "w"])
-    number = lambda name, x: helper.make_tensor(name, TensorProto.FLOAT, [], [x])
+    vis, ir, fused = names
+    value = lambda name: helper.make_tensor_value_info(name, getattr(TensorProto, kind), shape)
+    number = lambda name, x: helper.make_tensor(name, getattr(TensorProto, kind), [], [x])
     nodes = [
-        helper.make_node("Mul", ["vis", "p"], ["a"]),
-        helper.make_node("Mul", ["ir", "q"], ["c"]),
-        helper.make_node("Add", ["a", "c"], ["fused"]),
+        helper.make_node("Mul", [vis, "p"], ["a"]),
+        helper.make_node("Mul", [ir, "q"], ["c"]),
+        helper.make_node("Add", ["a", "c"], [fused]),
     ]
     g = helper.make_graph(
         nodes,
         "mean",
-        [value("vis"), value("ir")],
-        [value("fused")],
+        [value(vis), value(ir)],
+        [value(fused)],
         [number("p", weight), number("q", 1 - weight)],
     )
     model = helper.make_model(g, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
@@ -128,6 +132,63 @@ def test_other_files_are_refused(place, name, words):
     with pytest.raises(InputError, match=words) as e:
         OnnxModel(name)
     assert str(e.value).startswith(name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"names": ("input", "ir", "fused")}, "its inputs are input"),
+        ({"names": ("vis", "ir", "output")}, "its outputs are output"),
+        ({"shape": ("b", 3, "h", "w")}, "not ir, vis of B×1×H×W"),
+        ({"shape": ("b", 1, 480, 640)}, "its inputs are"),
+        ({"shape": ("b", "h", "w")}, "its inputs are"),
+        ({"kind": "DOUBLE"}, r"tensor\(double\)"),
+        ({"kind": "FLOAT16"}, r"tensor\(float16\)"),
+    ],
+)
+def test_the_signature_is_checked(tmp_path, changes, words):
+    "A file that claims to be ours, whose inputs or outputs are others."
+    graph(tmp_path / "odd.onnx", **changes)
+    with pytest.raises(InputError, match=words) as e:
+        OnnxModel(tmp_path / "odd.onnx")
+    assert str(e.value).startswith(str(tmp_path / "odd.onnx")) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git-LFS pointer"),
+        (b"<!DOCTYPE html><html>", "is a web page"),
+        (b"", "is an empty file"),
+        (b"PK\x03\x04", "zip archive that is cut off"),
+        (b"\x08\x0a\x12\x07pytorch" + bytes(50), "ONNX Runtime cannot read it"),
+    ],
+)
+def test_what_is_no_graph_is_called_so(tmp_path, content, words):
+    "By the first bytes, or by the runtime."
+    pytest.importorskip("onnxruntime", reason=WHY)
+    (tmp_path / "x.onnx").write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        OnnxModel(tmp_path / "x.onnx")
+
+
+def test_damaged_graphs_are_one_line(tmp_path):
+    "A byte changed at fifty places: a model, or one line."
+    whole, rng = graph(tmp_path / "x.onnx").read_bytes(), np.random.default_rng(0)
+    for place in rng.integers(0, len(whole), 50):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << rng.integers(8)
+        (tmp_path / "x.onnx").write_bytes(damaged)
+        try:
+            OnnxModel(tmp_path / "x.onnx", threads=1).fuse(**toy_pair(17, 23))
+        except InputError as e:
+            assert str(e).startswith(str(tmp_path / "x.onnx")) and "\n" not in str(e)
+
+
+def test_threads_have_a_bound(place):
+    "A million threads are as many as there are processors."
+    model = OnnxModel("mean.onnx", threads=10**6)
+    assert model.session.get_session_options().intra_op_num_threads <= os.cpu_count()
 
 
 def test_bad_pairs_are_refused(place):
