@@ -133,6 +133,10 @@ def _video_options(p: argparse.ArgumentParser) -> None:
     _model_options(p)
     _video_range(p.add_mutually_exclusive_group())
     p.add_argument(
+        "--vis-range", nargs=2, type=float, metavar=("LO", "HI"),
+        help="visible values that become black and white (default: as the depth of the first frame says)",
+    )
+    p.add_argument(
         "--fps", type=float, metavar="N",
         help="frames per second of a written video; frames are then paired by number, not by time",
     )
@@ -261,7 +265,8 @@ def run_video(
     "Fuse two clips and print how fast."
     from smfnet.fusion.video import fuse_video
     report = fuse_video(
-        ir=args.ir, vis=args.vis, out=args.out, model=_model(args), range=args.range, fps=args.fps,
+        ir=args.ir, vis=args.vis, out=args.out, model=_model(args), range=args.range,
+        vis_range=args.vis_range, fps=args.fps,
         device=args.device, max_memory=args.max_memory,
     )
     print(report.summary())

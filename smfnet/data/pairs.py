@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..core.checks import MIN_SIDE, InputError
+from ..core.checks import MIN_SIDE, InputError, user_path
 from .classes import M3FD_CLASSES, MFNET_CLASSES
 from .patches import PatchSet
 from .images import read_pair, rgb_to_ycbcr
@@ -401,7 +401,7 @@ def _own(name, ir, vis, **matching) -> tuple[Pairs, Path]:
         raise InputError("give either the name of a set or folder, or ir= and vis=")
     if name is None and not (ir and vis):
         raise InputError("give the name of a set, a folder that holds ir/ and vi/, or ir= and vis=")
-    folder = Path(name if name is not None else ir).expanduser()
+    folder = user_path(name if name is not None else ir)
     found = find_pairs(ir=ir or folder, vis=vis or folder, **matching)
     return _with_extras(found, folder if name is not None else folder.parent), folder
 
@@ -411,7 +411,7 @@ def _is_folder(name) -> bool:
     if isinstance(name, Path): return True
     if isinstance(name, DataSet): return False
     try: find_set(name)
-    except InputError: return Path(name).expanduser().is_dir() or "/" in str(name) or "\\" in str(name)
+    except InputError: return user_path(name).is_dir() or "/" in str(name) or "\\" in str(name)
     return False
 
 # %% ../../nbs/03_data/08_pairs.ipynb #fdc22526

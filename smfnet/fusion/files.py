@@ -68,7 +68,7 @@ def load_model(
     if not name.strip():
         raise InputError("weights: the name is empty; give 'tiny' (shipped) or a weights file")
     shipped = not Path(name).suffix and os.sep not in name and "/" not in name and not Path(name).is_file()
-    model = SMFNet.from_pretrained(name) if shipped else _load_file(Path(name).expanduser())
+    model = SMFNet.from_pretrained(name) if shipped else _load_file(user_path(name))
     return model.to(target).eval()
 
 # %% ../../nbs/06_fusion/02_files.ipynb #160f39c8
@@ -126,7 +126,7 @@ def fuse_pictures(
 # %% ../../nbs/06_fusion/02_files.ipynb #975d0ab7
 def _target(out: str | Path, stem: str) -> Path:
     "The file to write: `out` itself if it ends in .png, else `<stem>.png` in the folder `out`."
-    out = Path(out).expanduser()
+    out = user_path(out)
     if out.is_dir() or out.suffix.lower() not in EXTENSIONS: return out / f"{stem}.png"
     if out.suffix.lower() != ".png":
         raise InputError(f"{out}: fused images are PNG; give a folder or a name that ends in .png")
@@ -240,7 +240,7 @@ def _refuse_sources(out: Path, found: Pairs, sources: tuple) -> None:
         p.parent
         for pair in found
         for p, given in zip((pair.ir, pair.vis), sources)
-        if not Path(given).expanduser().is_file()
+        if not user_path(given).is_file()
     }
     for folder in folders:
         if out.is_dir() and os.path.samefile(out, folder):
@@ -264,7 +264,7 @@ def _prepare(out: str | Path, found: Pairs, sources: tuple) -> Path:
 def _place(out: str | Path, found: Pairs, sources: tuple) -> Path:
     "Where images go: one pair may have a file of its own, everything else a folder."
     path = user_path(out)
-    single = all(Path(given).expanduser().is_file() for given in sources)
+    single = all(user_path(given).is_file() for given in sources)
     if path.is_dir() or path.suffix.lower() not in EXTENSIONS: return _prepare(path, found, sources)
     if not single:
         raise InputError(f"{path}: is the name of one image, but there are folders to fuse; give a folder")

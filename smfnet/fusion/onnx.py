@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..core.checks import MIN_SIDE, InputError, check_pair, toy_pair
+from ..core.checks import MIN_SIDE, InputError, check_pair, toy_pair, user_path
 from ..core.provenance import atomic_path
 from ..core.tensor_files import what_it_is
 from ..fast.prepared import joined_kernel
@@ -281,7 +281,7 @@ class OnnxModel:
         *,
         threads: int | None = None,  # processor threads, as many as there are; None: those of PyTorch
     ):
-        self.path = Path(path).expanduser()
+        self.path = user_path(path)
         wanted = threads or torch.get_num_threads()
         self.session = _session(self.path, min(wanted, os.cpu_count() or 1))
         self.metadata: dict[str, str] = self.session.get_modelmeta().custom_metadata_map

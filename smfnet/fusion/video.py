@@ -25,13 +25,14 @@ import numpy as np
 from fastcore.basics import patch
 from tqdm import tqdm
 
-from ..core.checks import MIN_SIDE, InputError, same_name, user_path
+from ..core.checks import MIN_SIDE, InputError, user_path
 from ..core.progress import track
 from ..core.provenance import atomic_path, check_output
 from smfnet.data.images import (
-    Picture, _infrared, _visible, check_range, thermal_range, to_levels, write_image,
+    Picture, _infrared, _refuse_painted, _visible, check_range, thermal_range, to_levels, visible_white,
+    write_image,
 )
-from ..data.matching import find_source, list_images
+from ..data.matching import find_source, list_images, match_names
 from ..data.pixels import EXTENSIONS, Pixels, read_pixels
 from .files import _as_model, fuse_pictures
 
@@ -347,13 +348,14 @@ def open_clip(
 
 # %% ../../nbs/06_fusion/03_video.ipynb #383298ba
 def _same_names(ir: Clip, vis: Clip) -> None:
-    "Raise `InputError` for a frame without its partner, if two folders use the same names at all."
-    names = [{same_name(f.stem): f for f in c.files} for c in (ir, vis)]
-    lonely = sorted(names[0].keys() ^ names[1].keys()) if names[0].keys() & names[1].keys() else []
-    if lonely:
+    "Raise `InputError` for a frame without its partner, if two folders use names that agree at all."
+    listed = {side: {f.stem: [f] for f in c.files} for side, c in (("ir", ir), ("vis", vis))}
+    groups = match_names(listed)
+    lonely = sorted(f for g in groups.values() if len(g) == 1 for files in g.values() for f in files)
+    if lonely and any(len(g) == 2 for g in groups.values()):
         raise InputError(
-            f"{(names[0] | names[1])[lonely[0]]}: has no partner of the same name, "
-            "so the frames are out of step; remove it or add the other"
+            f"{lonely[0]}: has no partner of the same name, so the frames are out of step; "
+            "remove it or add the other"
         )
 
 # %% ../../nbs/06_fusion/03_video.ipynb #de52a574
@@ -396,13 +398,21 @@ def _first_range(px: Pixels) -> tuple[float, float] | None:
     lo, hi, _ = thermal_range(values)
     return (lo, hi) if lo < hi else None
 
+# %% ../../nbs/06_fusion/03_video.ipynb #1e5d9f3d
+def _first_white(px: Pixels, log: Callable[[str], None]) -> tuple[float, float] | None:
+    "Range of all visible frames, if the first one leaves upper bits empty; None if each frame says it itself."
+    white, notes = visible_white(px)
+    for note in notes: log(f"{note}, as in the first frame")
+    return (0.0, white) if px.full == 65535 else None
+
 # %% ../../nbs/06_fusion/03_video.ipynb #57d4f5eb
 def _picture(name: Path, px: Pixels, modality: str, range=None, how: str = "given") -> Picture:
     "A frame as the file reader would give it; `how` says where the range comes from."
     if modality == "ir":
+        _refuse_painted(name, px)
         (luminance, notes), chroma = _infrared(px, range), None
     else:
-        (luminance, chroma), notes = _visible(name, px), ()
+        (luminance, chroma), notes = _visible(name, px, range), ()
     notes = [*px.notes, *(n.replace("(given)", f"({how})") for n in notes)]
     if luminance.min() == luminance.max(): notes.append("every pixel has the same value")
     picture = Picture(luminance, chroma, 8 if px.full == 255 else 16, px.mode, name, tuple(notes))
@@ -543,6 +553,7 @@ def pair_frames(
     vis: Clip,
     range=None,  # (lo, hi), None: that of the first frame that has one, or "frame": each its own
     *,
+    vis_range=None,  # (lo, hi) of the visible frames; None: as the depth of the first one says
     by_time: bool = True,  # pair two videos by their time stamps, not by number
     log: Callable[[str], None] = print,  # receives remarks on the times
 ) -> Iterator[FramePair]:
@@ -552,8 +563,10 @@ def pair_frames(
         first = first or a
         _same_depth(a_name, a, first, range)
         if range is None and (range := _first_range(a)): how = "robust range of this frame, kept for all"
+        if not number and vis_range is None: vis_range = _first_white(b, log)
         scaled = _picture(a_name, a, "ir", None if range == "frame" else range, how)
-        yield _one_size(FramePair(number, scaled, _picture(b_name, b, "vis"), b.values.ndim == 3, moment))
+        seen = _picture(b_name, b, "vis", vis_range)
+        yield _one_size(FramePair(number, scaled, seen, b.values.ndim == 3, moment))
 
 # %% ../../nbs/06_fusion/03_video.ipynb #7c1ef20e
 def _deliver(items: Iterable, box: queue.Queue, stop: threading.Event) -> None:
@@ -863,11 +876,11 @@ def _remarks(log: Callable[[str], None]) -> Callable[[FramePair], None]:
 
 # %% ../../nbs/06_fusion/03_video.ipynb #f7bfe0f5
 def _fuse_frames(
-    model, ir: Clip, vis: Clip, range, by_time: bool, sink, log: Callable[[str], None], show: bool
+    model, ir: Clip, vis: Clip, ranges: tuple, by_time: bool, sink, log: Callable[[str], None], show: bool
 ) -> None:
     "Read, fuse and write all frames; reading and writing go on in threads of their own."
     say, total = _remarks(log), ir.count or vis.count or ir.roughly or vis.roughly
-    frames = pair_frames(ir, vis, range, by_time=by_time, log=log)
+    frames = pair_frames(ir, vis, ranges[0], vis_range=ranges[1], by_time=by_time, log=log)
     with WriteBehind(sink.write) as behind, contextlib.closing(read_ahead(frames)) as pairs:
         for pair in track(pairs, desc="fusing", unit="frame", total=total, show=show):
             say(pair)
@@ -881,6 +894,7 @@ def fuse_video(
     out: str | Path,  # .mkv (exact), .mp4 (8 bits, compressed), or a folder that receives PNG
     model=None,  # object with fuse(vis=, ir=), or weights for `load_model`; None: the shipped model
     range: tuple[float, float] | str | None = None,  # that becomes 0 to 1; "frame": each its own
+    vis_range: tuple[float, float] | None = None,  # visible values that become 0 and 1
     fps: float | None = None,  # of a written video, and frames are paired by number; None: as the inputs
     device: str = "auto",  # where weights are loaded to; ignored for an object
     max_memory: int | str | None = None,  # of a pair: "4GB", bytes; None: what is free; ignored for an object
@@ -889,6 +903,7 @@ def fuse_video(
 ) -> VideoReport:
     "Fuse two clips frame by frame; `InputError` for bad input, after which the finished frames stay."
     if range is not None and range != "frame": range = check_range(range)
+    if vis_range is not None: vis_range = check_range(vis_range)
     a, b = open_clip(ir, "ir"), open_clip(vis, "vis")
     for clip in (a, b):
         for note in clip.notes: log(f"{clip.path.name}: {note}")
@@ -896,7 +911,7 @@ def fuse_video(
     rate, target = _rate(a, b, fps), _target(out, a, b)
     model, start = _as_model(model, device, max_memory), time.perf_counter()
     with _sink(target, b, rate, log) as sink:
-        _fuse_frames(model, a, b, range, fps is None, sink, log, progress)
+        _fuse_frames(model, a, b, (range, vis_range), fps is None, sink, log, progress)
     if not sink.frames:
         raise InputError(f"{a.path} and {b.path}: hold no frame; give clips with at least one")
     return VideoReport(target, sink.frames, time.perf_counter() - start)

@@ -122,7 +122,8 @@ def image_size(
 # %% ../../nbs/07_metrics/08_files.ipynb #09762187
 def _pairing_problem(key: str, files: dict[str, list[Path]], folders: dict) -> str | None:
     double = [f for paths in files.values() if len(paths) > 1 for f in paths]
-    if double: return f"{key}: {' and '.join(map(str, double))} have one name; keep one of them"
+    if double:
+        return f"{double[0].parent}: {' and '.join(f.name for f in double)} share the stem {key}; keep one of them"
     lacking = [role for role in folders if role not in files]
     if not lacking: return None
     where = " and ".join(str(folders[role]) for role in lacking)

@@ -19,6 +19,7 @@ from ..core.checks import InputError
 from ..core.progress import track
 from ..core.provenance import atomic_path, check_output
 from ..core.workers import in_processes
+from ..data.images import common_range
 from ..data.pixels import read_pixels
 from .comparison import compare as compare_tables
 from .comparison import summarise
@@ -134,7 +135,7 @@ def write_csv(
         {(t.attrs["protocol"], name): t for name, t in tables.items()}, names=["protocol", "method", "stem"]
     )
     rows.columns.name = None
-    with atomic_path(path) as part: rows.to_csv(part, na_rep="undefined", encoding="utf-8")
+    with atomic_path(path) as part: rows.to_csv(part, na_rep="undefined", encoding="utf-8", errors="backslashreplace")
 
 # %% ../../nbs/07_metrics/10_folder.ipynb #26ff161a
 def read_csv(

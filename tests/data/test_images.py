@@ -13,7 +13,13 @@ from PIL import Image
 from smfnet.core.checks import InputError
 from smfnet.data import images
 from smfnet.data.images import (
-    read_image, read_pair, rgb_to_ycbcr, thermal_range, to_levels, write_image, ycbcr_to_rgb,
+    read_image,
+    read_pair,
+    rgb_to_ycbcr,
+    thermal_range,
+    to_levels,
+    write_image,
+    ycbcr_to_rgb,
 )
 from smfnet.data.matching import find_pairs, list_images
 from smfnet.data.pixels import read_pixels
