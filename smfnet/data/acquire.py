@@ -95,8 +95,8 @@ def _as_known(report: Report, f: KnownFile, owner: dict[str, str], place: Path) 
 # %% ../../nbs/03_data/07_acquire.ipynb #1041bdf5
 def _pair_problem(report: Report, pair, place: Path) -> None:
     "Decode one pair with everything that belongs to it."
-    sides, sizes = {pair.source.vis: "vis", pair.source.ir: "ir"}, []
-    for path, side in reversed(sides.items()):
+    sides, sizes = {pair.source.ir: "ir", pair.source.vis: "vis"}, []  # one file may hold both
+    for path, side in sides.items():
         try: sizes.append(read_image(path, modality=side).size if path.suffix else None)
         except InputError as e:
             report.corrupt[path.relative_to(place).as_posix()] = str(e).removeprefix(f"{path}: ")

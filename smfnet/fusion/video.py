@@ -351,7 +351,8 @@ def _same_names(ir: Clip, vis: Clip) -> None:
     "Raise `InputError` for a frame without its partner, if two folders use names that agree at all."
     listed = {side: {f.stem: [f] for f in c.files} for side, c in (("ir", ir), ("vis", vis))}
     groups = match_names(listed)
-    lonely = sorted(f for g in groups.values() if len(g) == 1 for files in g.values() for f in files)
+    alone = [f for g in groups.values() if len(g) == 1 for files in g.values() for f in files]
+    lonely = sorted(alone, key=_natural)
     if lonely and any(len(g) == 2 for g in groups.values()):
         raise InputError(
             f"{lonely[0]}: has no partner of the same name, so the frames are out of step; "

@@ -335,7 +335,7 @@ def test_raw_16_bits_without_a_code_are_not_taken_for_colour(tmp_path):
 
 
 def test_remarks_on_what_is_taken_as_it_is(tmp_path):
-    vis = film(tmp_path / "v.mkv", noise(3), fmt="bgr0")
+    ir = film(tmp_path / "i.mkv", noise(3, colour=False))
     wide = {"codec": "libx264", "fmt": "yuv420p", "sample_aspect_ratio": Fraction(16, 11)}
     film(tmp_path / "wide.mp4", noise(3), **wide)
     film(tmp_path / "alpha.mkv", noise(3), fmt="bgra")
@@ -347,7 +347,7 @@ def test_remarks_on_what_is_taken_as_it_is(tmp_path):
         ("alpha", ["transp"]),
     ):
         notes, path = [], next(tmp_path.glob(f"{name}.*"))
-        run(path, vis, tmp_path / "o.mkv", log=notes.append)
+        run(ir, path, tmp_path / "o.mkv", log=notes.append)
         assert all(any(n.startswith(path.name) and w in n for n in notes) for w in words), notes
 
 
