@@ -119,7 +119,9 @@ def _key(stem: str, pattern: str | None) -> str | None:
     if pattern is None: return same_name(stem)
     before, _, after = same_name(pattern).partition("*")
     fits = name.startswith(before) and name.endswith(after) and len(name) >= len(before) + len(after)
-    return f"{folder}/{name[len(before): len(name) - len(after)]}" if fits else None
+    if not fits: return None
+    part = name[len(before) : len(name) - len(after)]
+    return f"{folder}/{part}" if folder else part
 
 # %% ../../nbs/03_data/04_matching.ipynb #ca0c4231
 Groups = dict[str, dict[str, list[Path]]]  # key -> role -> files

@@ -244,13 +244,13 @@ def _read_tiff(path: Path, im: Image.Image | None) -> Pixels:
         if problem := _unusual_tiff(page):
             raise InputError(f"{path}: {problem}; convert it to a 16-bit TIFF or PNG")
         _check_whole(path, page)
-        meaning, number = _photometric(page), page.index
+        meaning, numbers = _photometric(page), [i for i, p in enumerate(tif.pages) if p.offset == page.offset]
         jpeg = meaning == _YCBCR and page.compression == 7
         if meaning not in _BY_PILLOW or jpeg: return _tiff_samples(path, page)
-    if im is None or page.bitspersample != 8 or isinstance(number, tuple):
+    if im is None or page.bitspersample != 8 or not numbers:
         problem = f"photometric interpretation {_BY_PILLOW[meaning]} of {page.bitspersample} bits"
         raise InputError(f"{path}: {problem}; save it as RGB or grey")
-    im.seek(number)
+    im.seek(numbers[0])
     return _shallow(im)
 
 # %% ../../nbs/03_data/02_pixels.ipynb #878dbb8b
