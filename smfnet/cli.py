@@ -337,6 +337,7 @@ def _verify_data(args: argparse.Namespace) -> int:
 def _check_data(args: argparse.Namespace) -> int:
     from pathlib import Path
 
+    from smfnet.core.checks import printable
     from smfnet.data.pair_check import check_pairs
     from smfnet.data.pairs import get_pairs
     pairs = get_pairs(
@@ -344,7 +345,7 @@ def _check_data(args: argparse.Namespace) -> int:
         recursive=args.recursive,
     )
     report = check_pairs(pairs, tolerance=args.tolerance, pictures=args.pictures)
-    print(*report.lines(), sep="\n")
+    print(*map(printable, report.lines()), sep="\n")
     return 1 if report.findings else 0
 
 # %% ../nbs/cli.ipynb #b8946fc0

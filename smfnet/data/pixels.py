@@ -221,7 +221,8 @@ def _check_values(path: Path, values: np.ndarray, page) -> None:
     if wide and np.abs(values[np.isfinite(values)]).max(initial=0) > 1e30:
         mark, missing = "beyond 1e30", int((np.abs(values) > 1e30).sum())
     if missing:
-        raise InputError(f"{path}: {missing} pixels hold no data (marked {mark}); crop to where there is data")
+        problem = f"{path}: {missing} pixels hold no data (marked {mark})"
+        raise InputError(f"{problem}; crop it to where there is data")
 
 # %% ../../nbs/03_data/02_pixels.ipynb #97ba2fa8
 def _tiff_samples(path: Path, page) -> Pixels:

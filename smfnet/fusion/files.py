@@ -229,7 +229,7 @@ class FusionReport:
         lines = [f"{len(self.written)} of {total} pairs fused into {self.out}{skipped}"]
         if self.problems: lines.append(f"{len(self.problems)} could not be fused:")
         first, more = sorted(self.problems.items())[:MOST_PROBLEMS], len(self.problems) - MOST_PROBLEMS
-        lines += [f"  {printable(stem)}: {text}" for stem, text in first]
+        lines += [f"  {printable(stem)}: {printable(text)}" for stem, text in first]
         if more > 0: lines.append(f"  and {more} more")
         return "\n".join(lines)
 

@@ -401,7 +401,7 @@ def _first_range(px: Pixels) -> tuple[float, float] | None:
 
 # %% ../../nbs/06_fusion/03_video.ipynb #1e5d9f3d
 def _first_white(px: Pixels, log: Callable[[str], None]) -> tuple[float, float] | None:
-    "Range of all visible frames, if the first one leaves upper bits empty; None if each frame says it itself."
+    "Range of all visible frames, if the first leaves upper bits empty; None if each says it itself."
     white, notes = visible_white(px)
     for note in notes: log(f"{note}, as in the first frame")
     return (0.0, white) if px.full == 65535 else None

@@ -123,7 +123,8 @@ def image_size(
 def _pairing_problem(key: str, files: dict[str, list[Path]], folders: dict) -> str | None:
     double = [f for paths in files.values() if len(paths) > 1 for f in paths]
     if double:
-        return f"{double[0].parent}: {' and '.join(f.name for f in double)} share the stem {key}; keep one of them"
+        them = " and ".join(f.name for f in double)
+        return f"{double[0].parent}: {them} share the stem {key}; keep one of them"
     lacking = [role for role in folders if role not in files]
     if not lacking: return None
     where = " and ".join(str(folders[role]) for role in lacking)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.checks import InputError
+from ..core.checks import InputError, printable
 from ..core.progress import track
 from ..core.provenance import atomic_path, check_output
 from ..core.workers import in_processes
@@ -135,7 +135,8 @@ def write_csv(
         {(t.attrs["protocol"], name): t for name, t in tables.items()}, names=["protocol", "method", "stem"]
     )
     rows.columns.name = None
-    with atomic_path(path) as part: rows.to_csv(part, na_rep="undefined", encoding="utf-8", errors="backslashreplace")
+    text = {"encoding": "utf-8", "errors": "backslashreplace"}  # names that are no text are escaped
+    with atomic_path(path) as part: rows.to_csv(part, na_rep="undefined", **text)
 
 # %% ../../nbs/07_metrics/10_folder.ipynb #26ff161a
 def read_csv(
@@ -212,10 +213,10 @@ def format_comparison(
 def _tell(tables: Mapping[str, pd.DataFrame]) -> int:
     "Print remarks and what could not be measured to the error stream; how many pairs are missing."
     for note in dict.fromkeys(note for t in tables.values() for note in t.attrs.get("notes", ())):
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {printable(note)}", file=sys.stderr)
     problems = [text for t in tables.values() for text in t.attrs.get("problems", {}).values()]
     if problems: print(f"{len(problems)} could not be measured:", file=sys.stderr)
-    for text in list(dict.fromkeys(problems))[:20]: print(f"  {text}", file=sys.stderr)
+    for text in list(dict.fromkeys(problems))[:20]: print(f"  {printable(text)}", file=sys.stderr)
     return len(problems)
 
 def _common(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
