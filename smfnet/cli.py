@@ -325,12 +325,13 @@ def _obtain_data(args: argparse.Namespace) -> int:
 
 # %% ../nbs/cli.ipynb #1a273a98
 def _verify_data(args: argparse.Namespace) -> int:
+    from smfnet.core.checks import printable
     from smfnet.data.acquire import verify, verify_all
     if args.name:
         reports = [verify(args.name, root=args.root, progress=True)]
     else:
         reports = verify_all(root=args.root, progress=True)
-    for report in reports: print(*report.lines(), sep="\n")
+    for report in reports: print(*map(printable, report.lines()), sep="\n")
     return 0 if all(r.ok for r in reports) else 1
 
 # %% ../nbs/cli.ipynb #57a5ce6d

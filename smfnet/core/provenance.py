@@ -127,8 +127,12 @@ _KINDS = {
     stat.S_IFBLK: "device",
 }
 
+_STREAM = re.compile(r"/dev/(stdin|stdout|stderr|fd/.*)|/proc/[^/]+/fd/.*")
+
 def _target(path: str | Path) -> Path:
     "The file that a path means, links followed; `InputError` if it is there and no regular file."
+    if _STREAM.fullmatch(os.path.abspath(os.fsdecode(path))):
+        raise InputError(f"{printable(path)}: is a stream of this process; give the name of a file")
     try:
         target = Path(os.path.realpath(path))
         mode = os.lstat(target).st_mode

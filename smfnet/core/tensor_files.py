@@ -133,6 +133,10 @@ def _stand_ins(path: Path) -> list:
 # %% ../../nbs/00_core/06_tensor_files.ipynb #8dd2990a
 def _unpickled(path: Path):
     "What `torch.save` wrote, through the weights-only unpickler."
+    if zipfile.is_zipfile(path):  # torch compares no checksums
+        with zipfile.ZipFile(path) as archive: part = archive.testzip()
+        if part:
+            raise InputError(f"{path}: damaged, its part {part} has another checksum; download it again")
     with warnings.catch_warnings(), torch.serialization.safe_globals(_stand_ins(path)), path.open("rb") as f:
         warnings.simplefilter("ignore")
         return torch.load(f, map_location="cpu", weights_only=True)

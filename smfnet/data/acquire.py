@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from tqdm.auto import tqdm
 
 from ..core.checks import InputError, printable, same_name, user_path
+from ..core.progress import redrawn, track
 from .images import read_image
 from .pixels import EXTENSIONS, read_pixels
 from .pairs import PairSet, get_pairs
@@ -118,7 +119,7 @@ def _against_layout(report: Report, d: DataSet, s: Split, place: Path, progress:
         report.missing[s.folder] = str(e)
         return
     report.missing |= {stem: text.replace(f"{place}/", "") for stem, text in pairs.problems.items()}
-    for pair in tqdm(pairs, desc=f"check {d.name} {s.name}", unit="pair", disable=not progress):
+    for pair in track(pairs, desc=f"check {d.name} {s.name}", unit="pair", show=progress):
         _pair_problem(report, pair, place)
     report.checked[s.name] = f"{len(pairs)} pairs, in {place / s.folder}"
     report.notes += pairs.notes
@@ -596,7 +597,8 @@ def get(
     wanted, root = [s for s in wanted if s.name not in elsewhere], write_root(root)
     lacking = {s.name: [f for f in s.files if not _intact(f, root)] for s in wanted}
     total = sum(f.bytes for files in lacking.values() for f in files)
-    style = dict(unit="B", unit_scale=True, desc=f"get {d.name}", disable=not progress or not total)
+    show = progress and total and redrawn()
+    style = dict(unit="B", unit_scale=True, desc=f"get {d.name}", disable=not show)
     with _writing(root, 2 * total) as staging, tqdm(total=total, **style) as bar:
         for s in wanted:
             for f in lacking[s.name]:

@@ -97,7 +97,7 @@ def _is_grey(values: np.ndarray) -> bool:
 def _scale_of(px: Pixels) -> float:
     "White of the bits that are used; where the format defines none, what the values span."
     if px.full is None: return float(np.ptp(px.values))
-    return used_white(px.values) if px.full == 65535 else px.full
+    return used_white(px.values) if px.full == 65535 and not px.stated else px.full
 
 def _is_painted(px: Pixels) -> bool:
     "Whether the channels disagree in more than 1 % of the pixels by more than a grey JPEG's would."
@@ -111,7 +111,7 @@ def visible_white(
     px: Pixels,
 ) -> tuple[float | None, tuple[str, ...]]:  # white, and what to remark
     "White of a visible file: of its format, or of the bits that are used; `None` where nothing says."
-    white = used_white(px.values) if px.full == 65535 else px.full
+    white = used_white(px.values) if px.full == 65535 and not px.stated else px.full
     if white == px.full: return px.full, ()
     bits = white.bit_length()
     note = f"visible image uses {bits} of 16 bits, so {white} is taken as white (--vis-range says otherwise)"

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import fft, ndimage, stats
-from tqdm.auto import tqdm
 
 from ..core.checks import InputError
+from ..core.progress import track
 from .pixels import read_pixels
 from .pairs import DataPair, Files, Packed, PairSet, get_pairs
 
@@ -315,7 +315,7 @@ def check_pairs(
     "Look for faults in pairs: their files, brightness, repetition, orientation and alignment."
     lonely = [Finding(stem, "partner", text) for stem, text in pairs.problems.items()]
     report, marks = CheckReport(len(pairs), lonely), {}
-    for p in tqdm(pairs, desc="check pairs", unit="pair", disable=not progress):
+    for p in track(pairs, desc="check pairs", unit="pair", show=progress):
         found, mark = _one_pair(p, tolerance)
         report.findings += found
         if mark: marks[p.stem] = mark

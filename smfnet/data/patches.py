@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..core.checks import InputError
+from ..core.progress import track
 from .images import read_pair
 from .matching import Pair, find_pairs
 from .registry import find_set
@@ -47,7 +47,7 @@ def load_pairs(
     chosen = [p for p in found if p.stem not in leave_out]
     if not chosen:
         raise InputError(f"{root}: no pair is left; check the folder and `leave_out`")
-    return [_load(p) for p in tqdm(chosen, desc="read pairs", disable=not progress)]
+    return [_load(p) for p in track(chosen, desc="read pairs", unit="pair", show=progress)]
 
 # %% ../../nbs/03_data/05_patches.ipynb #e4d6c0aa
 def _load(p: Pair) -> LoadedPair:

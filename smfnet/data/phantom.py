@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from scipy import ndimage
-from tqdm import tqdm
 
 from ..core.checks import InputError
+from ..core.progress import track
 from ..core.provenance import atomic_path
 
 # %% ../../nbs/03_data/10_phantom.ipynb #1258e4be
@@ -177,7 +177,7 @@ def write_phantoms(
         raise InputError(f"n: expected a number of pairs between 1 and 1000000, found {n!r}")
     _check(seed, size, kind)
     folder, names = Path(folder), []
-    for i in tqdm(range(n), desc="draw phantoms", unit="pair"):
+    for i in track(range(n), desc="draw phantoms", unit="pair"):
         p = render_phantom(seed * 10**6 + i, size=size, kind=kind or KINDS[i % len(KINDS)])
         names.append(f"phantom_{i:04d}_{p.kind}")
         for part, image in (("ir", p.mri), ("vi", p.other)):

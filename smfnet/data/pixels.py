@@ -30,6 +30,7 @@ class Pixels:
     full: float | None  # the value that means white; None where the format does not define it
     mode: str  # how the file stores it, in the decoder's words
     notes: tuple[str, ...] = ()  # what a user should know, e.g. that transparency was dropped
+    stated: bool = False  # whether `full` is sure, since the file says how many bits it uses
 
 # %% ../../nbs/03_data/02_pixels.ipynb #e139529e
 ORIENTATION = 0x0112  # number of the tag in EXIF and TIFF

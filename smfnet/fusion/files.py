@@ -15,12 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from ..core.checks import InputError, printable, user_path
-from ..core.progress import track
+from ..core.checks import InputError, printable, same_name, user_path
+from ..core.progress import remark, track
 from ..data.images import Picture, check_range, common_range, read_pair, to_levels, write_image
-from ..data.matching import Pair, Pairs, find_pairs
+from ..data.matching import Pair, Pairs, find_pairs, list_images
 from ..data.pixels import EXTENSIONS
 from ..fast.prepared import prepare_for_inference
 from ..fast.tiles import parse_memory
@@ -170,7 +169,7 @@ def _one_white(found: Pairs) -> tuple[float, float] | None:
     if shared in (None, (0.0, 65535.0)): return shared
     white = int(shared[1])
     depth = f"visible images use {white.bit_length()} of 16 bits"
-    tqdm.write(f"{depth}, so {white} is taken as white (--vis-range says otherwise)")
+    remark(f"{depth}, so {white} is taken as white (--vis-range says otherwise)")
     return shared
 
 # %% ../../nbs/06_fusion/02_files.ipynb #35439fbc
@@ -226,7 +225,7 @@ class FusionReport:
         "A few lines for the user: how many, where, and the first problems."
         total = len(self.written) + len(self.skipped) + len(self.problems)
         skipped = f", {len(self.skipped)} were there already" if self.skipped else ""
-        lines = [f"{len(self.written)} of {total} pairs fused into {self.out}{skipped}"]
+        lines = [f"{len(self.written)} of {total} pairs fused into {printable(self.out)}{skipped}"]
         if self.problems: lines.append(f"{len(self.problems)} could not be fused:")
         first, more = sorted(self.problems.items())[:MOST_PROBLEMS], len(self.problems) - MOST_PROBLEMS
         lines += [f"  {printable(stem)}: {printable(text)}" for stem, text in first]
@@ -278,14 +277,22 @@ def _each_once(log: Callable[[str], None]) -> Callable[[str], None]:
     seen = set()
     def say(text: str):
         remark = text.partition(": ")[2]
-        if remark not in seen: log(text)
+        if remark not in seen: log(printable(text))
         seen.add(remark)
     return say
 
 # %% ../../nbs/06_fusion/02_files.ipynb #b49c5a84
-def _fuse_into(report: FusionReport, model, pair: Pair, log, skip_existing: bool, how: Reading) -> None:
+def _spellings(out: Path, recursive: bool) -> dict[str, Path]:
+    "Images that are there already, by their names in one form: a second spelling is no second image."
+    if not out.is_dir(): return {}
+    return {same_name(f): f for files in list_images(out, recursive=recursive).values() for f in files}
+
+def _fuse_into(
+    report: FusionReport, model, pair: Pair, log, skip_existing: bool, how: Reading, there: dict
+) -> None:
     "One pair of a folder: its image is written or was there already, or the report says why not."
     target = _target(report.out, pair.stem)
+    target = there.get(same_name(target), target)
     try:
         _guard(target, pair)
         if skip_existing and target.is_file(): return report.skipped.append(target)
@@ -315,7 +322,8 @@ def fuse_folder(
     found = find_pairs(ir=ir, vis=vis, names=names, recursive=recursive)
     report = FusionReport(_place(out, found, (ir, vis)), problems=dict(found.problems))
     if vis_range is None: how = replace(how, vis_range=_one_white(found))
-    model, say = _as_model(model, device, max_memory), _each_once(tqdm.write)
+    there = _spellings(report.out, recursive)
+    model, say = _as_model(model, device, max_memory), _each_once(remark)
     for pair in track(found.pairs, desc="fusing", unit="pair", show=progress):
-        _fuse_into(report, model, pair, say, skip_existing, how)
+        _fuse_into(report, model, pair, say, skip_existing, how, there)
     return report

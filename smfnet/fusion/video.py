@@ -23,10 +23,9 @@ from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
-from tqdm import tqdm
 
-from ..core.checks import MIN_SIDE, InputError, user_path
-from ..core.progress import track
+from ..core.checks import MIN_SIDE, InputError, printable, same_name, user_path
+from ..core.progress import remark, track
 from ..core.provenance import atomic_path, check_output
 from smfnet.data.images import (
     Picture, _infrared, _refuse_painted, _visible, check_range, thermal_range, to_levels, visible_white,
@@ -173,7 +172,9 @@ def frame_pixels(
     values, full, *notes = found or _colour(frame)
     if full is None and not np.isfinite(values).all():
         raise InputError("contains NaN or infinite values; repair the frame first")
-    return Pixels(_upright(values, frame), full, frame.format.name, (*notes, *_properties(frame)))
+    stated = _is_yuv(frame) or _depth_of(frame) < 16
+    notes = (*notes, *_properties(frame))
+    return Pixels(_upright(values, frame), full, frame.format.name, notes, stated)
 
 # %% ../../nbs/06_fusion/03_video.ipynb #8f2e97e1
 def _natural(path: Path) -> list:
@@ -232,7 +233,7 @@ def _named_pixels(name: Path, frame, modality: str) -> Pixels:
 
 def _decoded(clip: Clip) -> Iterator[tuple[Path, Pixels, float | None]]:
     "Frames of a video file with their times in seconds."
-    av, number, start, time = _av(), 0, None, None
+    av, number, start, time, lasts = _av(), 0, None, None, 0.0
     bad = lambda why: InputError(
         f"{clip.path}: frame {number + 1} cannot be decoded ({why}); "
         "repair the file or cut it before this frame"
@@ -248,10 +249,11 @@ def _decoded(clip: Clip) -> Iterator[tuple[Path, Pixels, float | None]]:
             if frame is None: break
             name, time = Path(f"{clip.path} (frame {number + 1})"), frame.time
             start = time if start is None else start
+            lasts = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
             yield name, _named_pixels(name, frame, clip.modality), time
             number += 1
     # a header counts its duration from time 0 or from the first frame
-    _whole(clip, number, None if time is None else max(time, time - start))
+    _whole(clip, number, None if time is None else max(time, time - start) + lasts)
 
 def _timed(clip: Clip) -> Iterator[tuple[Path, Pixels, float | None]]:
     "Name, samples and time of each frame; the images of a folder have no time."
@@ -404,7 +406,7 @@ def _first_white(px: Pixels, log: Callable[[str], None]) -> tuple[float, float] 
     "Range of all visible frames, if the first leaves upper bits empty; None if each says it itself."
     white, notes = visible_white(px)
     for note in notes: log(f"{note}, as in the first frame")
-    return (0.0, white) if px.full == 65535 else None
+    return (0.0, white) if px.full == 65535 and not px.stated else None
 
 # %% ../../nbs/06_fusion/03_video.ipynb #57d4f5eb
 def _picture(name: Path, px: Pixels, modality: str, range=None, how: str = "given") -> Picture:
@@ -506,6 +508,9 @@ def _has_clocks(a: _Walk, b: _Walk, reach: float, log: Callable[[str], None]) ->
     if abs(a.start - b.start) > reach:
         starts = [f"{w.clip.path.name} starts at {w.start:.3f} s" for w in (a, b)]
         log(f"{starts[0]}, {starts[1]}; their first frames are taken as one moment")
+        return True
+    common = min(a.start, b.start)  # one clock: a frame's own time counts
+    for walk in (a, b): walk.time, walk.start = walk.start - common, common
     return True
 
 def _partners(a: _Walk, b: _Walk, by_time: bool, reach: float, log: Callable[[str], None]) -> Iterator[None]:
@@ -525,6 +530,19 @@ def _summed_up(walk: _Walk, by_number: bool, log: Callable[[str], None]) -> None
     if walk.gap and by_number:
         log(f"{walk.gap} after the one before; by number, frames that only one clip lost cannot be seen")
 
+def _pass_tail(short: _Walk, long: _Walk, clocks: bool, log: Callable[[str], None]) -> None:
+    "Leave out a short rest of the longer clip, if times say that clocks drift; else `InputError`."
+    rest, most = 0, short.number // 20 if clocks else 0
+    while long.item and rest <= most:
+        long.step()
+        rest += 1
+    if long.item or rest > most:
+        raise InputError(
+            f"{short.clip.path}: ends after frame {short.number}, but {long.clip.path} goes on; "
+            "cut both to the same length"
+        )
+    log(f"{long.clip.path.name}: goes on for {rest} frames after the other clip's end; they are left out")
+
 def _in_step(ir: Clip, vis: Clip, by_time: bool, log: Callable[[str], None]) -> Iterator[tuple]:
     "Names, samples and times of both clips, pair by pair; `InputError` if one ends before the other."
     a, b, reach = _Walk(ir), _Walk(vis), _reach(ir, vis)
@@ -533,12 +551,7 @@ def _in_step(ir: Clip, vis: Clip, by_time: bool, log: Callable[[str], None]) -> 
     for number, _ in enumerate(_partners(a, b, clocks, reach, log), 1):
         yield number, a.item, b.item, b.time if clocks else None
     for walk in (a, b): _summed_up(walk, by_time and not clocks, log)
-    if a.item or b.item:
-        short, long = (a, b) if b.item else (b, a)
-        raise InputError(
-            f"{short.clip.path}: ends after frame {short.number}, but {long.clip.path} goes on; "
-            "cut both to the same length"
-        )
+    if a.item or b.item: _pass_tail(*((a, b) if b.item else (b, a)), clocks, log)
 
 # %% ../../nbs/06_fusion/03_video.ipynb #259a295b
 def _one_size(pair: FramePair) -> FramePair:
@@ -564,7 +577,7 @@ def pair_frames(
         first = first or a
         _same_depth(a_name, a, first, range)
         if range is None and (range := _first_range(a)): how = "robust range of this frame, kept for all"
-        if not number and vis_range is None: vis_range = _first_white(b, log)
+        if number == 1 and vis_range is None: vis_range = _first_white(b, log)
         scaled = _picture(a_name, a, "ir", None if range == "frame" else range, how)
         seen = _picture(b_name, b, "vis", vis_range)
         yield _one_size(FramePair(number, scaled, seen, b.values.ndim == 3, moment))
@@ -758,8 +771,9 @@ def _png_name(number: int, source: Path, numbered: bool) -> str:
 def _no_other_frames(out: Path, ir: Clip, vis: Clip) -> None:
     "Raise `InputError` if the folder holds an image that will not be replaced."
     sources = vis.files or [vis.path] * (vis.count or ir.count or 0)
-    new = {_png_name(i, f, not vis.files) for i, f in enumerate(sources, 1)}
-    old = sorted(f.name for files in list_images(out).values() for f in files if f.name not in new)
+    new = {same_name(_png_name(i, f, not vis.files)) for i, f in enumerate(sources, 1)}
+    there = [f.name for files in list_images(out).values() for f in files]
+    old = sorted(printable(name) for name in there if same_name(name) not in new)
     if old:
         more = ", …" if len(old) > 1 else ""
         raise InputError(
@@ -861,7 +875,7 @@ class VideoReport:
     def summary(self) -> str:
         "One line for the user."
         rate = self.frames / max(self.seconds, 1e-9)
-        return f"{self.frames} frames fused into {self.out}, {rate:.2f} frames/s"
+        return f"{self.frames} frames fused into {printable(self.out)}, {rate:.2f} frames/s"
 
 # %% ../../nbs/06_fusion/03_video.ipynb #ed3eb2ca
 def _remarks(log: Callable[[str], None]) -> Callable[[FramePair], None]:
@@ -900,11 +914,12 @@ def fuse_video(
     device: str = "auto",  # where weights are loaded to; ignored for an object
     max_memory: int | str | None = None,  # of a pair: "4GB", bytes; None: what is free; ignored for an object
     progress: bool = True,  # show how far it is
-    log: Callable[[str], None] = tqdm.write,  # receives remarks
+    log: Callable[[str], None] = remark,  # receives remarks
 ) -> VideoReport:
     "Fuse two clips frame by frame; `InputError` for bad input, after which the finished frames stay."
     if range is not None and range != "frame": range = check_range(range)
     if vis_range is not None: vis_range = check_range(vis_range)
+    say, log = log, lambda text: say(printable(text))
     a, b = open_clip(ir, "ir"), open_clip(vis, "vis")
     for clip in (a, b):
         for note in clip.notes: log(f"{clip.path.name}: {note}")

@@ -131,9 +131,8 @@ def write_csv(
     path: str | Path,  # of the CSV file; replaced in one step
 ) -> None:
     "Write one row a method and image, with the protocol; undefined values are written as such."
-    rows = pd.concat(
-        {(t.attrs["protocol"], name): t for name, t in tables.items()}, names=["protocol", "method", "stem"]
-    )
+    named = {(t.attrs["protocol"], printable(name)): t.rename(index=printable) for name, t in tables.items()}
+    rows = pd.concat(named, names=["protocol", "method", "stem"])
     rows.columns.name = None
     text = {"encoding": "utf-8", "errors": "backslashreplace"}  # names that are no text are escaped
     with atomic_path(path) as part: rows.to_csv(part, na_rep="undefined", **text)
@@ -145,14 +144,17 @@ def read_csv(
     "Read the tables back; reasons of undefined values are not stored in the file."
     text = {"protocol": str, "method": str, "stem": str}
     try:
-        rows = pd.read_csv(path, dtype=text, na_values="undefined", keep_default_na=False)
+        undefined = dict.fromkeys(METRICS, ["undefined"])
+        rows = pd.read_csv(path, dtype=text, na_values=undefined, keep_default_na=False)
     except (OSError, ValueError) as e:
         raise InputError(f"{path}: cannot be read as a table of scores ({e})") from e
     if lacking := [c for c in (*text, *METRICS) if c not in rows]:
         raise InputError(f"{path}: lacks the columns {', '.join(lacking)}")
     tables = {}
     for (protocol, name), part in rows.groupby(["protocol", "method"], sort=False):
-        tables[name] = part.set_index("stem")[list(METRICS)].astype(float)
+        try: tables[name] = part.set_index("stem")[list(METRICS)].astype(float)
+        except ValueError as e:
+            raise InputError(f"{path}: cannot be read as a table of scores ({e})") from e
         tables[name].columns.name, tables[name].attrs = protocol, {"protocol": protocol, "undefined": {}}
     return tables
 
@@ -169,9 +171,10 @@ def format_summary(
         s = summarise(table)
         cells = {m: [_number(r["mean"]), _number(r["low"]), _number(r["high"])] for m, r in s.iterrows()}
         block = pd.DataFrame(cells, index=["mean", "95% from", "95% to"])
-        lines += [f"{name}, {len(table)} images, protocol {table.attrs['protocol']}", block.to_string()]
+        title = f"{printable(name)}, {len(table)} images, protocol {table.attrs['protocol']}"
+        lines += [title, block.to_string()]
         for metric, why in table.attrs["undefined"].items():
-            first = ", ".join(f"{stem} ({reason})" for stem, reason in list(why.items())[:3])
+            first = ", ".join(f"{printable(stem)} ({reason})" for stem, reason in list(why.items())[:3])
             more = " ..." if len(why) > 3 else ""
             lines.append(f"{metric}: undefined for {len(why)} of {len(table)} images: {first}{more}")
         lines.append("")
@@ -202,10 +205,11 @@ def format_comparison(
 ) -> str:  # lines of text
     "Paired differences to the first method, with intervals and p-values."
     title = (
-        f"Paired differences (method − {next(iter(tables))}), "
+        f"Paired differences (method − {printable(next(iter(tables)))}), "
         "95% bootstrap interval, Wilcoxon p, Holm p over all rows"
     )
     result = compare_tables(tables).drop(columns="against")
+    result["method"] = result["method"].map(printable)
     for p in ("p", "p_holm"): result[p] = result[p].map(_p_value)
     return f"{title}\n{result.to_string(index=False, float_format=_number, na_rep='undefined')}"
 

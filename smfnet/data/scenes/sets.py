@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
 
 from ...core.checks import InputError
+from ...core.progress import track
 from ...core.provenance import atomic_path, write_json
 from ..classes import M3FD_CLASSES, MFNET_PALETTE
 from .brushes import Stage, stream
@@ -127,7 +127,7 @@ def write_scenes(
 ) -> list[str]:  # names such as scene_0000_day
     "Write a set to files, one by one and atomically; `InputError` for bad arguments or an unwritable folder."
     folder, scenes, names = Path(folder), render_set(n, seed=seed, size=size), []
-    for i, scene in enumerate(tqdm(scenes, total=n, desc="render scenes", unit="pair")):
+    for i, scene in enumerate(track(scenes, total=n, desc="render scenes", unit="pair")):
         names.append(f"scene_{i:04d}_{scene.kind}")
         _write_scene(folder, names[-1], scene)
     return names
