@@ -459,3 +459,13 @@ def test_damage_anywhere_is_one_line(tmp_path, state, write):
             assert str(e).startswith(str(path))
             refusals += 1
     assert refusals >= len(cuts)
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    model = SMFNet("tiny")
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    whole = bytearray((tmp_path / "w.pt").read_bytes())
+    whole[len(whole) // 3] ^= 255
+    (tmp_path / "w.pt").write_bytes(whole)
+    with pytest.raises(InputError, match="w.pt: (damaged|not a readable)"):
+        load_model(tmp_path / "w.pt")
