@@ -110,12 +110,22 @@ def _word(tag) -> str:
 # %% ../../nbs/03_data/02_pixels.ipynb #5f356d6d
 def _is_picture(page) -> bool: return not (page.is_reduced or page.is_mask)
 
+def _pages(tif):
+    "The pages of a TIFF one by one; each names the place of the next, so a damaged list may never end."
+    seen = set()
+    for page in tif.pages:
+        if page.offset in seen:
+            raise ValueError("its list of pages leads back to itself")
+        seen.add(page.offset)
+        yield page
+
 def _pictures(tif) -> list:
     "Pages that are pictures of their own; where only thumbnails are listed, those one level below."
-    pages = [p for p in tif.pages if _is_picture(p)]
+    listed = list(_pages(tif))
+    pages = [p for p in listed if _is_picture(p)]
     if pages: return pages
-    below = [p for page in tif.pages for p in (page.pages or ()) if _is_picture(p)]
-    return below or list(tif.pages)
+    below = [p for page in listed for p in (page.pages or ()) if _is_picture(p)]
+    return below or listed
 
 def _only_page(path: Path, tif):
     "The page that holds the picture; `InputError` if there are several."
@@ -246,7 +256,8 @@ def _read_tiff(path: Path, im: Image.Image | None) -> Pixels:
         if problem := _unusual_tiff(page):
             raise InputError(f"{path}: {problem}; convert it to a 16-bit TIFF or PNG")
         _check_whole(path, page)
-        meaning, numbers = _photometric(page), [i for i, p in enumerate(tif.pages) if p.offset == page.offset]
+        numbers = [i for i, p in enumerate(_pages(tif)) if p.offset == page.offset]
+        meaning = _photometric(page)
         jpeg = meaning == _YCBCR and page.compression == 7
         if meaning not in _BY_PILLOW or jpeg: return _tiff_samples(path, page)
     if im is None or page.bitspersample != 8 or not numbers:

@@ -402,8 +402,9 @@ def test_a_full_disk_leaves_nothing(place, monkeypatch):
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
 from smfnet.fusion.video import fuse_video
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 class Slow:
     "Waits in the third frame until the signal comes."
     calls = 0
