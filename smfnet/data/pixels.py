@@ -330,7 +330,7 @@ def _decoder_error(path: Path, error: BaseException) -> InputError:
     if isinstance(error, OSError) and error.filename:
         return InputError(f"{path}: cannot be opened ({error.strerror}); check its permissions")
     unknown = r"unsupported|not supported|not available|unknown (data|pixel|compression)|requires the"
-    if isinstance(error, NotImplementedError) or re.search(unknown, str(error), re.IGNORECASE):
+    if re.search(unknown, str(error), re.IGNORECASE):
         return InputError(f"{path}: of a kind that cannot be decoded here ({error}); save it as plain PNG")
     return InputError(f"{path}: damaged or truncated image ({error}); copy or export the file again")
 
