@@ -8,7 +8,6 @@ __all__ = ['FORMATS', 'EXTENSIONS', 'ORIENTATION', 'LARGEST', 'Pixels', 'upright
 # %% ../../nbs/03_data/02_pixels.ipynb #ac86218b
 import re
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np

@@ -60,7 +60,7 @@ def to_gray_levels(
     if px.full is None and role != "vis": return _unit_levels(path, px), ()
     if px.full is None or range not in (None, (0, px.full), (0, visible_white(px)[0])):
         return np.rint(_visible(Path(path), px, range)[0] * 255), ()
-    white, notes = (range[1], ()) if range else visible_white(px)
+    white, notes = visible_white(px) if range != (0, px.full) else (px.full, ())
     if role != "vis" and white != px.full:
         white, notes = px.full, (f"brightest sample {px.values.max()} of {px.full:g}; measured as it is",)
     return gray_levels(_shifted(px, white), rounding=rounding), notes
@@ -164,7 +164,7 @@ def match_files(
     found, matched = {}, {}
     for key, files in sorted(groups.items()):
         if problem := _pairing_problem(key, files, folders): found[key] = problem
-        else: matched[_stem_of(files, key, folders)] = {role: files[role][0] for role in folders}
+        else: matched[_stem_of(files, folders)] = {role: files[role][0] for role in folders}
     for stem in list(matched) if problems is not None or not found else ():
         if problem := _size_problem(matched[stem]): found[stem] = problem
     if found and problems is None:
@@ -173,8 +173,8 @@ def match_files(
     return {stem: matched[stem] for stem in sorted(matched) if stem not in found}
 
 # %% ../../nbs/07_metrics/08_files.ipynb #3e841d73
-def _stem_of(files: dict[str, list[Path]], key: str, folders: dict) -> str:
-    "The visible name of a group, as fused images carry it; the key where there is none."
+def _stem_of(files: dict[str, list[Path]], folders: dict) -> str:
+    "The visible name of a group, as fused images carry it; else that of its first role."
     role = "vis" if "vis" in files else next(iter(files))
     path = files[role][0]
     return path.relative_to(folders[role]).with_suffix("").as_posix()
