@@ -13,13 +13,14 @@ CONSTRAINTS ?= requirements/constraints.txt
 JOBS        ?= 2
 FLAGS       ?=
 DATA        ?=
+WEIGHTS     ?=
 PROFILE     ?= $(if $(DATA),real,demo)
 SET         ?=
 DRY         ?=
 ARGS        ?=
 
 # The shell reads these from its environment, where quotes, blanks, $ and line breaks are letters like any other.
-LITERAL := PYTHON DATA PROFILE SET DRY FLAGS JOBS
+LITERAL := PYTHON DATA WEIGHTS PROFILE SET DRY FLAGS JOBS
 GIVEN    = $(filter command environment,$(origin $(1)))
 $(foreach name,$(LITERAL),$(if $(call GIVEN,$(name)),$(eval override $(name) := $$(value $(name)))))
 export $(LITERAL)
@@ -52,9 +53,9 @@ $(STAMP): pyproject.toml $(wildcard $(CONSTRAINTS))
 	$(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
 	@touch $@
 
-reproduce: $(STAMP)  ## every table and figure (DATA=DIR: of real images; PROFILE=demo|real|full SET="STAGE.NAME=VALUE ..." DRY=1)
+reproduce: $(STAMP)  ## every table and figure (DATA=DIR: of real images; WEIGHTS=NAME: with these; PROFILE=demo|real|full SET="STAGE.NAME=VALUE ..." DRY=1)
 	@set -f; for change in $$SET; do set -- "$$@" "--set=$$change"; done; \
-	$(BIN)/python nbs/experiments/reproduce.py "--profile=$$PROFILE" $${DATA:+"--data=$$DATA"} "$$@" \
+	$(BIN)/python nbs/experiments/reproduce.py "--profile=$$PROFILE" $${DATA:+"--data=$$DATA"} $${WEIGHTS:+"--weights=$$WEIGHTS"} "$$@" \
 	  $${DRY:+--dry-run} $(if $(ARGS),-- $(ARGS))
 
 reproduce-full:  ## the same with all training, ablations and seeds: demo scale, with DATA=DIR as in the paper (GPU)

@@ -18,6 +18,7 @@ from stages import check_parameters, fingerprint, hold, parameters
 from smfnet.core.checks import InputError, user_path
 from smfnet.core.command import run_command
 from smfnet.core.provenance import sha256
+from smfnet.fusion.model_zoo import is_registered, locate_weights
 from smfnet.report.page import StageRecord, write_report
 
 EXPERIMENTS = "nbs/experiments"
@@ -49,6 +50,20 @@ def change(text: str) -> tuple[str, str, object]:
         raise InputError(f"SET {text}: the value is not YAML ({reason}); write it without spaces") from e
 
 
+def named_weights(text: str) -> dict[str, str]:
+    """Networks to fuse with: registered name or path -> file; `InputError` for one that is not here."""
+    found = {}
+    names = [name for part in text.split(",") if (name := part.strip())]
+    for name in [text] if text and user_path(text).is_file() else names:
+        path = locate_weights(name) if is_registered(name) else user_path(name)
+        if path is None:
+            raise InputError(f"weights {name!r} are not here; get them first: smfnet weights get {name}")
+        if not Path(path).is_file():
+            raise InputError(f"{path}: no such weights file; see: smfnet weights list")
+        found[name if is_registered(name) else str(path)] = os.path.relpath(path)
+    return found
+
+
 class Plan:
     """The stages of one configuration: what is passed to each notebook, and what it reads for that reason."""
 
@@ -61,6 +76,7 @@ class Plan:
             raise InputError(f"{data}: has bytes that are no text; rename the folder")
         self.run, self.figures, self.make = f"runs/{profile}", f"figures/{profile}", config.pop("make")
         self.changes = [change(text) for text in config.pop("SET", None) or []]
+        self.weights = named_weights((config.pop("WEIGHTS", None) or [""])[0])
         self.sets, needs = config.pop("sets", {}), config.pop("needs", [])
         partial, more = config.pop("partial", False), config.pop("with_data", {})
         self.absent = {n: f for n, f in self.sets.items() if partial and not Path(data, f).is_dir()}
@@ -75,6 +91,9 @@ class Plan:
         self.data = Path(os.path.relpath(data)).as_posix() if data else ""
         more = more if data else {}
         self.config = {k: {**(config.get(k) or {}), **(more.get(k) or {})} for k in [*config, *more]}
+        for method, name in zip(["ours", *(Path(n).stem for n in [*self.weights][1:])], self.weights):
+            fuse = self.config.setdefault("fuse", {})
+            fuse |= {"weights": name} if method == "ours" else {"models": {**fuse.get("models", {}), method: name}}
 
     def values(self, pattern: str, **wildcards: str) -> dict:
         """All parameters of a stage: defaults moved to this profile, wildcards, configuration, changes."""
@@ -96,7 +115,9 @@ class Plan:
         """Files that parameters name, those of other stages too; and folders that no stage makes."""
         files, folders = [], []
         for text in dict.fromkeys(t for n, v in values.items() if n not in OWN for t in texts(v) if t):
-            if text.startswith("runs/"):
+            if text in self.weights:
+                files.append(self.weights[text])
+            elif text.startswith("runs/"):
                 for path in self.matching(text) if "*" in text else [text]:
                     files.append(f"{path}/provenance.json" if path.count("/") == 2 else path)
             elif text.startswith("results/"):
@@ -265,6 +286,7 @@ def reproduce(args: argparse.Namespace) -> int:
         return 1
     given = [f"DATA={as_yaml([os.path.abspath(user_path(args.data))])}"] if args.data else []
     given += [f"SET={as_yaml(args.set)}"] if args.set else []
+    given += [f"WEIGHTS={as_yaml([args.weights])}"] if args.weights else []
     force = damaged(args.profile)
     options = ["--snakefile", f"{EXPERIMENTS}/Snakefile", "--configfile", str(config)]
     options += ["--quiet", "host", "rules", "progress"]
@@ -284,6 +306,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--profile", default="demo", help="set of parameters: demo, real or full")
     add("--data", metavar="DIR", help="folder with the real test sets")
+    add("--weights", metavar="NAME", help="registered weights or a file; several by commas, the first is ours")
     add("--set", metavar="STAGE.NAME=VALUE", action="append", help="change a parameter; may be repeated")
     add("--cores", default="all", help="processors to use")
     add("--dry-run", action="store_true", help="only say what would run")

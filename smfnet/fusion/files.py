@@ -146,6 +146,7 @@ class Reading:
     range: tuple[float, float] | None = None  # infrared values that become 0 and 1, in the file's units
     vis_range: tuple[float, float] | None = None  # the same of visible images
     stretch: bool = False  # stretch the fused luminance to the full range
+    stretched: Path | None = None  # folder that receives the same images stretched, beside the plain ones
 
     def __post_init__(self):
         for r in (self.range, self.vis_range):
@@ -160,6 +161,8 @@ def _fuse_files(
         for note in picture.notes: log(f"{picture.path.name}: {note}")
     fused = fuse_pictures(model, vis=vis, ir=ir, stretch=how.stretch)
     if target is None: return to_levels(fused, vis.chroma, bits=vis.bits)
+    if how.stretched is not None:
+        write_image(how.stretched / target.name, _stretched(fused), vis.chroma, bits=vis.bits)
     return write_image(target, fused, vis.chroma, bits=vis.bits)
 
 # %% ../../nbs/06_fusion/02_files.ipynb #fda3b057
@@ -308,6 +311,7 @@ def fuse_folder(
     out: str | Path,  # folder that receives <stem>.png; or a .png file for one pair
     model=None,  # object with fuse(vis=, ir=), or weights for `load_model`; None: the shipped model
     stretch: bool = False,  # stretch the fused luminance to the full range
+    stretched: str | Path | None = None,  # folder that receives the same images stretched
     range: tuple[float, float] | None = None,  # infrared values that become 0 and 1, in the files' units
     vis_range: tuple[float, float] | None = None,  # the same of the visible files
     names: Sequence[str] | None = None,  # patterns of infrared and visible names, such as ("IR*", "VIS*")
@@ -318,9 +322,10 @@ def fuse_folder(
     progress: bool = True,  # show how far it is
 ) -> FusionReport:  # what was written, skipped, and what failed and why
     "Fuse all pairs of two folders, matched by stem; bad pairs are reported, bad arguments are `InputError`s."
-    how = Reading(range=range, vis_range=vis_range, stretch=stretch)
     found = find_pairs(ir=ir, vis=vis, names=names, recursive=recursive)
     report = FusionReport(_place(out, found, (ir, vis)), problems=dict(found.problems))
+    beside = None if stretched is None else _prepare(stretched, found, (ir, vis))
+    how = Reading(range=range, vis_range=vis_range, stretch=stretch, stretched=beside)
     if vis_range is None: how = replace(how, vis_range=_one_white(found))
     there = _spellings(report.out, recursive)
     model, say = _as_model(model, device, max_memory), _each_once(remark)
