@@ -378,7 +378,7 @@ def _not_whole(d: DataSet, s: Split, found: dict[str, Path], tree: Path) -> str:
     absent, accounted = [f for f in s.files if f.sha256 not in found], _accounted(d, found)
     if len(absent) == len(s.files):
         places = _candidates(tree, s.extra["layout"]) if "layout" in s.extra and tree.is_dir() else []
-        text = "has its layout, but none of its files is as in the registry (another version, or encoded anew)"
+        text = "has its layout, but none of its files: another version, or encoded anew"
         return f"{d.name} {s.name}: {places[0]['ir'].parent} {text}" if places else ""
     if not any(f.sha256 in found and f.sha256 not in accounted for f in s.files): return ""
     names = ", ".join(PurePosixPath(f.path).relative_to(s.folder).as_posix() for f in absent[:5])

@@ -175,7 +175,7 @@ def test_the_mask_of_another_pair(masked, copy):
 
 
 def test_another_container(masked, copy):
-    """A lossless WebP is said to stand in for its PNG, a broken one to be unreadable, any other to be extra."""
+    """A lossless WebP stands in for its PNG, a broken one is unreadable, any other is extra."""
     for i in (0, 1):
         path = copy / f"toy/test/ir/{i}.png"
         with Image.open(path) as im:

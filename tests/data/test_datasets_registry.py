@@ -32,7 +32,7 @@ README_COUNTS = {
     ("MRI-SPECT", "test"): 73,
     ("MRI-SPECT", "train"): 290,
 }
-OFFICIAL_COUNTS = {("MSRS", "full-test"): 361}  # proven by lists of checksums; not all files are in the collection
+OFFICIAL_COUNTS = {("MSRS", "full-test"): 361}  # proven by checksums, partly in the collection
 
 
 # --- the registry ---------------------------------------------------------------------------------
