@@ -34,6 +34,7 @@ class Report:
     "What a comparison with the registry found."
     name: str  # of the set
     checked: dict[str, str] = field(default_factory=dict)  # split -> what was found
+    pairs: dict[str, tuple[int, int]] = field(default_factory=dict)  # proven split -> as known, and all
     missing: dict[str, str] = field(default_factory=dict)  # path -> what is wrong
     extra: dict[str, str] = field(default_factory=dict)
     corrupt: dict[str, str] = field(default_factory=dict)
@@ -75,21 +76,42 @@ def _against_registry(report: Report, s: Split, place: Path) -> None:
     "Compare the files of a proven split by their bytes."
     known, owner = {f.path: f for f in s.files}, {f.sha256: f.path for f in s.files}
     present = {f"{s.folder}/{p}" for p in _files(place / s.folder)}
-    for path in sorted(known.keys() - present): report.missing[path] = ""
+    absent = {PurePosixPath(path).with_suffix(""): path for path in known if path not in present}
     for path in sorted(present - known.keys()):
-        other = owner.get(sha256(place / path))
-        report.extra[path] = f"has the content of {other}" if other else ""
-    good = [_as_known(report, known[path], owner, place) for path in sorted(known.keys() & present)]
-    found = f"{sum(good)} of {len(known)} files as in the registry"
-    report.checked[s.name] = f"{found} ({s.count} pairs), in {place / s.folder}"
+        if _stranger(report, path, absent, owner, place): del absent[PurePosixPath(path).with_suffix("")]
+    report.missing |= dict.fromkeys(absent.values(), "")
+    good = {p for p in sorted(known.keys() & present) if _as_known(report, known[p], owner, place)}
+    whole = sum({p.ir.path, p.vis.path} <= good for p in s.pairs)
+    masks = [p.mask.path for p in s.pairs if p.mask]
+    report.pairs[s.name] = whole, s.count
+    text = f"{whole} of {s.count} pairs"
+    if masks: text += f" and {len(good & set(masks))} of {len(masks)} masks"
+    report.checked[s.name] = f"{text} as in the registry, in {place / s.folder}"
 
+# %% ../../nbs/03_data/07_acquire.ipynb #d5266bb9
+def _stranger(
+    report: Report, path: str, absent: dict[PurePosixPath, str], owner: dict[str, str], place: Path
+) -> bool:
+    "Say what a file is that the registry does not list; whether it stands in for an absent one."
+    wanted = absent.get(PurePosixPath(path).with_suffix(""))
+    if other := owner.get(sha256(place / path)): report.extra[path] = f"has the content of {other}"
+    elif wanted is None or PurePosixPath(path).suffix.lower() not in EXTENSIONS: report.extra[path] = ""
+    elif _readable(place / path):
+        name, suffix = PurePosixPath(wanted).name, PurePosixPath(path).suffix
+        text = f"stands in for {name}; even lossless, a {suffix} file cannot be proven by the bytes of it"
+        report.mismatched[path] = text
+    else: report.corrupt[path] = f"stands in for {PurePosixPath(wanted).name}, not readable"
+    return path in report.mismatched or path in report.corrupt
+
+# %% ../../nbs/03_data/07_acquire.ipynb #97fbcc07
 def _as_known(report: Report, f: KnownFile, owner: dict[str, str], place: Path) -> bool:
     "Whether a file has its bytes; if not, the report says what it is instead."
     path = place / f.path
     digest = sha256(path)
     if digest == f.sha256: return True
     if digest in owner: report.mismatched[f.path] = f"has the content of {owner[digest]}"
-    elif _readable(path): report.mismatched[f.path] = "another image than the registry knows"
+    elif _readable(path):
+        report.mismatched[f.path] = "another image than the registry knows, or the same encoded anew"
     else: report.corrupt[f.path] = f"{path.stat().st_size} of {f.bytes} bytes, not readable"
     return False
 
@@ -346,19 +368,34 @@ def _by_content(d: DataSet, tree: Path) -> dict[str, Path]:
     return found
 
 # %% ../../nbs/03_data/07_acquire.ipynb #76647959
+def _accounted(d: DataSet, found: dict[str, Path]) -> set[str]:
+    "Checksums of the files of all splits that a tree holds completely."
+    splits = [s for s in d.splits.values() if s.proven and not s.of]
+    return {f.sha256 for s in splits if all(f.sha256 in found for f in s.files) for f in s.files}
+
+def _not_whole(d: DataSet, s: Split, found: dict[str, Path], tree: Path) -> str:
+    "Why a proven split cannot be installed from a tree; nothing if the tree has no part of it."
+    absent, accounted = [f for f in s.files if f.sha256 not in found], _accounted(d, found)
+    if len(absent) == len(s.files):
+        places = _candidates(tree, s.extra["layout"]) if "layout" in s.extra and tree.is_dir() else []
+        text = "has its layout, but none of its files: another version, or encoded anew"
+        return f"{d.name} {s.name}: {places[0]['ir'].parent} {text}" if places else ""
+    if not any(f.sha256 in found and f.sha256 not in accounted for f in s.files): return ""
+    names = ", ".join(PurePosixPath(f.path).relative_to(s.folder).as_posix() for f in absent[:5])
+    more = " …" if len(absent) > 5 else ""
+    there = f"only {len(s.files) - len(absent)} of {len(s.files)} files are there"
+    return f"{d.name} {s.name}: {there}; missing {names}{more}"
+
+# %% ../../nbs/03_data/07_acquire.ipynb #4a07acfe
 def _add_proven(
-    d: DataSet, s: Split, found: dict[str, Path], stage: Path, root: Path, outcome: Outcome
+    d: DataSet, s: Split, found: dict[str, Path], tree: Path, stage: Path, root: Path, outcome: Outcome
 ) -> None:
     "Install a split if the tree holds all of it."
     if all(_intact(f, root) for f in s.files):
         return outcome.notes.append(f"{d.name} {s.name}: is complete already in {root / s.folder}")
-    absent = [f for f in s.files if f.sha256 not in found]
-    if len(absent) == len(s.files): return
-    if absent:
-        names = ", ".join(PurePosixPath(f.path).relative_to(s.folder).as_posix() for f in absent[:5])
-        more = " …" if len(absent) > 5 else ""
-        there = f"only {len(s.files) - len(absent)} of {len(s.files)} files are there"
-        return outcome.problems.append(f"{d.name} {s.name}: {there}; missing {names}{more}")
+    if not all(f.sha256 in found for f in s.files):
+        outcome.problems += filter(None, [_not_whole(d, s, found, tree)])
+        return
     for f in s.files:
         (stage / f.path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(found[f.sha256], stage / f.path)
@@ -466,7 +503,7 @@ def _groups(d: DataSet) -> list[list[Split]]:
     "Splits without checksums, grouped by the folder that they share."
     groups: dict[str, list[Split]] = {}
     for s in d.splits.values():
-        if "layout" in s.extra and not s.of: groups.setdefault(s.folder, []).append(s)
+        if "layout" in s.extra and not (s.of or s.proven): groups.setdefault(s.folder, []).append(s)
     return list(groups.values())
 
 # %% ../../nbs/03_data/07_acquire.ipynb #a6399d4e
@@ -487,7 +524,7 @@ def add(
         if source.is_file(): unpack(source, tree := Path(scratch, "tree"))
         found = _by_content(d, tree) if any(s.proven for s in d.splits.values()) and tree.is_dir() else {}
         for s in d.splits.values():
-            if s.proven and not s.of: _add_proven(d, s, found, stage, root, outcome)
+            if s.proven and not s.of: _add_proven(d, s, found, tree, stage, root, outcome)
         for group in _groups(d) if tree.is_dir() else (): _add_stated(d, group, tree, stage, root, outcome)
     outcome.problems = [p.replace(f"{scratch}/", "") for p in outcome.problems]
     if not outcome.installed and (outcome.problems or not outcome.notes):
@@ -639,4 +676,5 @@ def _entry(d: DataSet, s: Split, root) -> dict:
     try: found: PairSet | None = get_pairs(d, s.name, root=place, strict=False, memory=0)
     except InputError: found = None
     state = "damaged" if found is None or found.problems else "here"
+    if found is not None and found.problems and s.proven: state = f"{len(found)} of {s.count} here"
     return entry | {"state": state, "place": str(place / s.folder)}

@@ -310,14 +310,17 @@ def _absent(d: DataSet, s: Split, root) -> InputError:
 # %% ../../nbs/03_data/08_pairs.ipynb #c52841f4
 def _proven(d: DataSet, s: Split, place: Path) -> Pairs:
     "The pairs of the registry; files that are absent or have another length are problems."
-    result = Pairs()
+    result, masks = Pairs(), s.extra.get("masks")
+    whole = masks is not None and (place / s.folder / masks["folder"]).is_dir()
+    classes = {"mask_classes": tuple(masks["classes"])} if masks else {}
     for pair in s.pairs:
-        bad = [f for f in (pair.ir, pair.vis) if not _has_length(place / f.path, f.bytes)]
+        files = pair.files if whole else (pair.ir, pair.vis)
+        bad = [f for f in files if not _has_length(place / f.path, f.bytes)]
         if bad:
             problem = f"{place / bad[0].path}: missing or of another length than the registry says"
             result.problems[pair.stem] = f"{problem}; run: smfnet data verify {d.name}"
         else:
-            result.pairs.append((pair.stem, Files(place / pair.ir.path, place / pair.vis.path)))
+            result.pairs.append((pair.stem, Files(*(place / f.path for f in files), **classes)))
     return result
 
 def _has_length(path: Path, length: int) -> bool:
@@ -386,7 +389,10 @@ def _registered(d: DataSet, s: Split, root) -> tuple[Pairs, list[str]]:
     place = locate(s, root=root)
     if place is None:
         raise _absent(d, s, root)
-    if s.proven: return _proven(d, s, place), []
+    if s.proven:
+        found = _proven(d, s, place)
+        part = f"{d.name} {s.name}: {len(found)} of {s.count} pairs are in {place / s.folder}"
+        return found, [part] if found.problems else []
     found = _stated(d, s, place / s.folder)
     text = f"the stems of this split are not proven; it is what {place / s.folder} holds"
     notes = [f"{d.name} {s.name}: {text}"]

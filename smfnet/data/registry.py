@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REGISTRY', 'KnownFile', 'KnownPair', 'Split', 'DataSet', 'registry', 'find_set', 'data_roots', 'write_root', 'locate',
-           'pin_folder']
+           'pin_folder', 'Coverage', 'coverage']
 
 # %% ../../nbs/03_data/06_registry.ipynb #99317694
 import difflib
@@ -12,7 +12,7 @@ import functools
 import json
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +21,7 @@ from urllib.parse import quote
 
 import smfnet
 from ..core.checks import InputError, user_path
+from .classes import MFNET_CLASSES
 from .matching import find_pairs
 from ..core.provenance import sha256
 
@@ -30,14 +31,20 @@ class KnownFile(NamedTuple):
     path: str  # below the root of the data sets, with forward slashes, e.g. TNO/test/ir/01.png
     bytes: int  # length of the file
     sha256: str  # of its bytes, hexadecimal
-    origin: str  # repository@commit:path upstream
+    origin: str  # repository@commit:path upstream, or repository@branch:path
     url: str  # where these bytes are published
 
 class KnownPair(NamedTuple):
-    "The two files of one pair."
+    "The files of one pair."
     stem: str  # name of both files, without extension
     ir: KnownFile  # infrared, or MRI
     vis: KnownFile  # visible, or CT, PET, SPECT
+    mask: KnownFile | None = None  # PNG of class numbers, where the split has proven masks
+
+    @property
+    def files(self) -> tuple[KnownFile, ...]:
+        "Two files, or three with a mask."
+        return tuple(f for f in (self.ir, self.vis, self.mask) if f)
 
 # %% ../../nbs/03_data/06_registry.ipynb #4f9b06fb
 @dataclass(frozen=True)
@@ -68,8 +75,8 @@ class Split:
 
     @property
     def files(self) -> tuple[KnownFile, ...]:
-        "All files of proven pairs."
-        return tuple(f for p in self.pairs or () for f in (p.ir, p.vis))
+        "All files of proven pairs, pair by pair."
+        return tuple(f for p in self.pairs or () for f in p.files)
 
 # %% ../../nbs/03_data/06_registry.ipynb #1a5c20ae
 @dataclass(frozen=True)
@@ -105,21 +112,22 @@ class DataSet:
 def _known(source: dict, side: str, file: str, *, folder: str, fetch: str, facts: Sequence) -> KnownFile:
     "One file of a line of the registry; `facts` are its length and checksum."
     upstream = f"{source[side]}/{file}"
-    url = fetch.format(repository=source["repository"], commit=source["commit"], path=quote(upstream))
-    origin = f"{source['repository']}@{source['commit']}:{upstream}"
+    repository, commit = source["repository"], source.get("commit") or source["branch"]
+    url = fetch.format(repository=repository, commit=commit, path=quote(upstream))
+    origin = f"{repository}@{commit}:{upstream}"
     return KnownFile(f"{folder}/{file}", *facts, origin, url)
 
 # %% ../../nbs/03_data/06_registry.ipynb #feca10e0
 def _known_pairs(stated: dict, entry: dict, folder: str, fetch: str) -> tuple[KnownPair, ...]:
     "The pairs of a split, from its lines of the registry."
-    pairs = []
+    pairs, places = [], {side: entry["sides"][side] for side in ("ir", "vis")}
+    if "masks" in stated: places["masks"] = stated["masks"]["folder"]
     for stem, (suffix, number, *facts) in sorted(stated["pairs"].items()):
-        sides = []
-        for side, its in (("ir", facts[:2]), ("vis", facts[2:])):
-            place = f"{folder}/{entry['sides'][side]}"
-            source = stated["sources"][number]
-            sides.append(_known(source, side, stem + suffix, folder=place, fetch=fetch, facts=its))
-        pairs.append(KnownPair(stem, *sides))
+        files, source = [], stated["sources"][number]
+        for (side, place), its in zip(places.items(), zip(facts[::2], facts[1::2])):
+            file = stem + (".png" if side == "masks" else suffix)
+            files.append(_known(source, side, file, folder=f"{folder}/{place}", fetch=fetch, facts=its))
+        pairs.append(KnownPair(stem, *files))
     return tuple(pairs)
 
 # %% ../../nbs/03_data/06_registry.ipynb #533065a8
@@ -210,7 +218,7 @@ def locate(
 # %% ../../nbs/03_data/06_registry.ipynb #f894a2c3
 def pin_folder(
     name: str,  # of the new set
-    root: str | Path,  # folder that holds <name>/<split>/ir and vi
+    root: str | Path,  # folder that holds <name>/<split>/ir and vi, and masks if there are any
     splits: Sequence[str],  # names of the folders of the splits
     *,
     url: str = "",  # where the folder `root` is published, if it is
@@ -227,11 +235,58 @@ def pin_folder(
 def _pin_split(owner: str, root: Path, name: str, url: str) -> Split:
     "A split as its files are now."
     folder = f"{owner}/{name}"
-    found = find_pairs(ir=root / folder / "ir", vis=root / folder / "vi")
+    found, masks = find_pairs(ir=root / folder / "ir", vis=root / folder / "vi"), root / folder / "masks"
     if found.problems:
         raise InputError("; ".join(list(found.problems.values())[:5]))
     def known(path: Path) -> KnownFile:
+        if not path.is_file():
+            raise InputError(f"{path}: no such mask; add it or move the folder of masks away")
         at = path.relative_to(root).as_posix()
         return KnownFile(at, path.stat().st_size, sha256(path), at, f"{url}/{quote(at)}")
-    pairs = tuple(KnownPair(p.stem, known(p.ir), known(p.vis)) for p in found)
-    return Split(name, owner, folder, len(pairs), None, pairs)
+    def mask(stem: str) -> KnownFile | None: return known(masks / f"{stem}.png") if masks.is_dir() else None
+    pairs = tuple(KnownPair(p.stem, known(p.ir), known(p.vis), mask(p.stem)) for p in found)
+    extra = {"masks": {"folder": "masks", "classes": list(MFNET_CLASSES)}} if masks.is_dir() else {}
+    return Split(name, owner, folder, len(pairs), None, pairs, extra=MappingProxyType(extra))
+
+# %% ../../nbs/03_data/06_registry.ipynb #d974cd61
+@dataclass(frozen=True)
+class Coverage:
+    "Which pairs of a split some files are, judged by content."
+    total: int  # pairs of the split
+    proven: tuple[str, ...]  # stems in the split of the pairs that are there byte for byte, sorted
+    unproven: tuple[str, ...]  # given stems that the split has too, but with other bytes, sorted
+    outside: tuple[str, ...]  # given stems that are no part of the split, sorted
+
+    @property
+    def count(self) -> int:
+        "How many pairs of the split are there."
+        return len(self.proven)
+
+    def __str__(self) -> str: return f"{self.count} of {self.total}"
+
+# %% ../../nbs/03_data/06_registry.ipynb #64831ed5
+def _content_of(pair, lengths: set[int]) -> tuple[str | None, ...]:
+    "Checksums of both files of a pair; None for a file that is absent or of a length that no file has."
+    source = getattr(pair, "source", pair)  # a `DataPair` keeps its files there; rendered ones have none
+    paths = [Path(p) for p in (getattr(source, "ir", None), getattr(source, "vis", None)) if p]
+    return tuple(sha256(p) if p.is_file() and p.stat().st_size in lengths else None for p in paths)
+
+# %% ../../nbs/03_data/06_registry.ipynb #1c1a934c
+def coverage(
+    pairs: str | Path | Iterable,  # folder that holds ir/ and vi/, or pairs from `find_pairs` or `get_pairs`
+    name: str | DataSet,  # of the registry, or a pinned folder
+    split: str,  # a proven one, e.g. full-test
+) -> Coverage:  # its `str` is like "21 of 361"
+    "How many pairs of a split are among these, by content; `InputError` for a split without checksums."
+    s = find_set(name).split(split)
+    if not s.proven:
+        problem = f"{s.set} {s.name}: its checksums are not known, so nothing can be counted by content"
+        raise InputError(f"{problem}; choose a proven split")
+    if isinstance(pairs, (str, Path)): pairs = find_pairs(ir=user_path(pairs), vis=user_path(pairs))
+    known = {(p.ir.sha256, p.vis.sha256): p.stem for p in s.pairs}
+    lengths, proven, other = {f.bytes for f in s.files}, set(), set()
+    for pair in pairs:
+        stem = known.get(_content_of(pair, lengths))
+        (proven if stem else other).add(stem or pair.stem)
+    unproven = other & set(s.stems)
+    return Coverage(s.count, *(tuple(sorted(stems)) for stems in (proven, unproven, other - unproven)))

@@ -32,6 +32,7 @@ README_COUNTS = {
     ("MRI-SPECT", "test"): 73,
     ("MRI-SPECT", "train"): 290,
 }
+OFFICIAL_COUNTS = {("MSRS", "full-test"): 361}  # proven by checksums, partly in the collection
 
 
 # --- the registry ---------------------------------------------------------------------------------
@@ -45,7 +46,7 @@ def test_counts():
         for s in d.splits.values()
         if s.proven and not s.of
     }
-    assert proven == README_COUNTS
+    assert proven == README_COUNTS | OFFICIAL_COUNTS
 
 
 def test_one_list_of_same_scene_frames():
@@ -62,11 +63,12 @@ def test_file_is_small_and_has_only_https_homes_of_the_sets():
 
 def test_splits_share_no_bytes():
     """By the checksums of the registry, in every set and across the sets."""
-    test, train = (
+    test, official, train = (
         {f.sha256 for d in registry().values() if part in d.splits for f in d.splits[part].files}
-        for part in ("test", "train")
+        for part in ("test", "full-test", "train")
     )
-    assert len(test) > 400 and len(train) > 1700 and not test & train
+    assert len(test) > 400 and len(train) > 1700 and len(official) == 3 * 361
+    assert not (test | official) & train
 
 
 def test_splits_share_no_pixels(real):  # noqa: F811
@@ -253,18 +255,21 @@ def test_mfnet_faults_are_named(tmp_path):
 
 
 def test_full_msrs(tmp_path):
-    """The official layout becomes full-train and full-test; the 25 proven pairs are another split."""
+    """The official layout becomes full-train; invented images are not full-test, which is proven."""
     for part, seed in (("train", 0), ("test", 1)):
         for i, s in enumerate(scenes(seed=seed)):
             for sub, image in (("ir", s.ir), ("vi", s.vis), ("Segmentation_labels", s.mask)):
                 png(tmp_path / f"MSRS-main/{part}/{sub}/{i:05d}N.png", image)
-    assert len(add("MSRS", tmp_path / "MSRS-main", root=tmp_path / "data").installed) == 2
+    outcome = add("MSRS", tmp_path / "MSRS-main", root=tmp_path / "data")
+    (line,), (problem,) = outcome.installed, outcome.problems
+    assert "full-train: 3 pairs" in line and not (tmp_path / "data/MSRS/full/test").exists()
+    assert f"MSRS full-test: {tmp_path / 'MSRS-main/test'} has its layout, but none of its files" in problem
     pairs = get_pairs("MSRS", "full-train", root=tmp_path / "data")
     assert len(pairs) == 3 and any("1083" in n for n in pairs.notes)
     np.testing.assert_array_equal(pairs[0].mask, scenes()[0].mask)
     with pytest.raises(InputError, match="is there already"):
         add("MSRS", tmp_path / "MSRS-main", root=tmp_path / "data")
-    png(tmp_path / "data/MSRS/full/test/vi/00000N.png", scenes()[0].vis)  # a training image in the test part
+    png(tmp_path / "data/MSRS/full/test/vi/00004N.png", scenes()[0].vis)  # a training image in the test part
     assert any(
         "full-train and full-test share the content of 1 files" in n
         for n in verify("MSRS", root=tmp_path / "data").notes
