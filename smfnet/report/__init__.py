@@ -18,7 +18,7 @@ __getattr__, __dir__, __all__ = front_door(__name__, {
     "learning_curves": "figures",
     "save_figure": "figures",
     "load_claims": "claims",
-    "verdicts": "claims",
+    "verdicts": "evidence",
     "write_report": "page",
     "ship": "model_card",
 })

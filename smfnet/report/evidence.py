@@ -10,7 +10,7 @@ __all__ = ['LAYERS', 'UNTESTED', 'LOOK', 'VERDICT', 'STYLE', 'Layer', 'adds', 'w
 # %% ../../nbs/09_report/07_evidence.ipynb #ba410c93
 import html
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -259,14 +259,15 @@ def verdicts(
     numbers: Mapping[str, Numbers] | None = None,  # layer -> what its networks gave
     others: pd.DataFrame | None = None,  # columns `MEASURED`: images that other methods publish
     expected: Callable[[str], int | None],  # name of a set -> pairs of its public test split
+    layers: Sequence[str] = tuple(LAYERS),  # which to ask
 ) -> pd.DataFrame:  # one row a claim and layer that speaks about its kind, columns `VERDICT`
     "Every claim in every layer; `InputError` for unfit measurements or an unknown layer."
-    if unknown := set(numbers or ()) - set(LAYERS):
+    if unknown := {*(numbers or ()), *layers} - set(LAYERS):
         raise InputError(f"numbers: {', '.join(unknown)} unknown; the layers are {', '.join(LAYERS)}")
     known = dict(others=_none() if others is None else others, published=published, expected=expected)
     rows = []
     for claim in claims.to_dict("records"):
-        for layer in (name for name, x in LAYERS.items() if claim["kind"] in x.kinds):
+        for layer in (name for name in layers if claim["kind"] in LAYERS[name].kinds):
             said = _judgement(claim, layer, numbers or {}, **known)
             decided = {"verdict": _verdict(claim, layer, said), "next": _next(claim, layer, said)}
             rows.append({**claim, "layer": layer, "why": said.why, "shows": said.shows, **decided})

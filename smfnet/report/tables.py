@@ -341,6 +341,7 @@ def _methods(table: pd.DataFrame) -> Iterator[tuple[str, str, str, str, dict[str
     for name, part in table.groupby("method", sort=False):
         first, cells = part.iloc[0], {r["metric"]: r for _, r in part.iterrows()}
         images = images_text(part["n"].max(), first["n_expected"])
+        images = first.get("images", images) if images else ""
         yield name, first["kind"], images, first["note"], cells
 
 # %% ../../nbs/09_report/04_tables.ipynb #e7df9d9d

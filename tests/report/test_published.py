@@ -3,23 +3,17 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
+import smfnet
 from smfnet.core.checks import InputError, golden_file
 from smfnet.data.registry import registry
 from smfnet.metrics.protocols import METRICS
 from smfnet.network.model import SMFNet
-from smfnet.report.claims import (
-    MEASURED,
-    PAIRED,
-    VERDICTS,
-    ablation_rows,
-    load_claims,
-    measured_rows,
-    run_presets,
-    verdicts,
-)
+from smfnet.report.claims import MEASURED, PAIRED, ablation_rows, load_claims, measured_rows
+from smfnet.report.evidence import LAYERS, Numbers, network_of, run_networks, verdicts
 from smfnet.report.published import COLUMNS, FINDING, TABLES, audit, claim_cells, load_published, wide
 from smfnet.report.study import expected_images
 
@@ -265,7 +259,6 @@ def measured_like_print(published: pd.DataFrame, **columns) -> pd.DataFrame:
         low=rows["mean"] - 0.01,
         high=rows["mean"] + 0.01,
         n=25,
-        preset="paper",
         complete_set=True,
         half_interval=1e-6,
         n_paired=3,
@@ -276,64 +269,88 @@ def measured_like_print(published: pd.DataFrame, **columns) -> pd.DataFrame:
 def with_differences(rows: pd.DataFrame) -> pd.DataFrame:
     """Differences to our rows of the same set and metric, as an ablation measures them."""
     ours = rows[rows["method"] == "ours"].set_index(["set", "metric"])["mean"]
-    return rows.assign(
-        difference=rows["mean"].to_numpy()
-        - ours.reindex(pd.MultiIndex.from_frame(rows[["set", "metric"]])).to_numpy()
-    )
+    named = pd.MultiIndex.from_frame(rows[["set", "metric"]])
+    return rows.assign(difference=rows["mean"].to_numpy() - ours.reindex(named).to_numpy())
 
 
-@pytest.mark.parametrize(
-    ("scale", "columns", "reason"),
-    [
-        ("demo", {}, "scale is demo"),
-        ("real", {}, "scale is real"),
-        ("full", {"preset": "tiny"}, "preset tiny"),
-        ("full", {"complete_set": False}, "25 images are not the complete test set"),
-    ],
-)
-def test_small_runs_decide_nothing(claims, published, scale, columns, reason):
-    """One missing condition leaves open what depends on a network; rows say why and show the numbers."""
-    found = verdicts(claims, measured_like_print(published, **columns), scale, published=published)
-    assert len(found) == len(claims) and set(found.loc[claims["kind"].ne("count").to_numpy(), "verdict"]) == {
-        "not testable"
-    }
-    judged = found[claims["kind"].eq("rank").to_numpy()]
-    assert (
-        judged["reason"].str.contains(reason).all()
-        and judged["shows"].str.contains("rank|nothing to compare with").all()
-    )
+def judged(claims, published, rows, layer="authors' weights") -> pd.DataFrame:
+    """Verdicts of one layer whose networks gave these numbers, by claim."""
+    numbers = {layer: Numbers(rows, rows)} if rows is not None else {}
+    found = verdicts(claims, published, numbers=numbers, expected=expected_images, layers=[layer])
+    return found.set_index("id")
 
 
-def test_full_runs_decide(claims, published):
-    """A full run that equals the print reproduces exactly what the print supports; images still need eyes."""
-    found = verdicts(claims, measured_like_print(published), "full", published=published).set_index("id")
-    kinds = claims.set_index("id")["kind"]
-    assert set(found["verdict"]) == set(VERDICTS)
-    by_print = {"yes": "reproduced", "no": "not reproduced", "not printed": "not testable"}
-    numbers = found[kinds.isin(["rank", "ablation"])]
-    assert (numbers["verdict"] == numbers["in_print"].map(by_print)).all()
-    assert (found.loc[kinds == "qualitative", "verdict"] == "not testable").all()
-    assert found.loc["3.1-a", "verdict"] == "reproduced" and found.loc["3.1-c", "verdict"] == "not reproduced"
+NETWORKS = ("authors' weights", "our weights")
+
+
+@pytest.mark.parametrize("layer", NETWORKS)
+def test_printed_values_are_reproduced_and_nothing_else(claims, published, layer):
+    """Weights of a known origin decide: what holds in print comes out as reproduced; images need eyes."""
+    found = judged(claims, published, measured_like_print(published), layer)
+    in_print = judged(claims, published, None, "in print").reindex(found.index)["verdict"]
+    words = {"holds": "reproduced", "contradicted": "not reproduced", "not printed": "open"}
+    numbers = found[found["kind"].isin(["rank", "ablation"])]
+    said = numbers["verdict"].replace("not tested", "open")  # where no metric of a claim is printed
+    assert (said == in_print[numbers.index].map(words)).all()
+    assert len(numbers) == {"authors' weights": 12, "our weights": 21}[layer]
+    assert set(found.loc[found["kind"] == "qualitative", "verdict"]) == {"for your eyes"}
+
+
+@pytest.mark.parametrize("layer", NETWORKS)
+@pytest.mark.parametrize("seed", range(3))
+def test_shuffled_values_are_not_reproduced(claims, published, layer, seed):
+    """The values of each column, dealt to other methods at random, refute most claims."""
+    rows, rng = measured_like_print(published), np.random.default_rng(seed)
+    columns = rows.groupby(["set", "metric"])["mean"]
+    rows["mean"] = columns.transform(lambda x: np.roll(x.to_numpy(), rng.integers(1, len(x))))
+    found = judged(claims, published, with_differences(rows), layer)["verdict"]
+    whole = judged(claims, published, measured_like_print(published), layer)["verdict"]
+    assert (found == "reproduced").sum() <= (whole == "reproduced").sum() / 3
+    assert (found == "not reproduced").sum() > (whole == "not reproduced").sum()
+
+
+def test_stand_ins_only_illustrate(claims, published):
+    """The same numbers of a small network agree or disagree, and are never a reproduction."""
+    found = judged(claims, published, measured_like_print(published), "stand-ins")
+    assert set(found["verdict"]) == {"agrees", "disagrees", "open", "not tested"}
+
+
+def test_a_part_of_a_set_decides_nothing(claims, published):
+    """Rows say why, show the numbers, and say what would decide."""
+    rows = measured_like_print(published, complete_set=False)
+    found = judged(claims, published, rows, "our weights")
+    found = found[found["kind"].isin(["rank", "ablation"])]
+    assert set(found["verdict"]) == {"open", "not tested"} and found["next"].str.len().min() > 10
+    ranks = found[found["kind"] == "rank"]
+    assert ranks["why"].str.contains("25 images are not the complete test set").all()
+    assert ranks["shows"].str.contains("rank|nothing to compare with").all()
+
+
+def test_nothing_is_open_without_a_way_to_close_it(claims, published):
+    """Every verdict that decides nothing names what would; every decided one has nothing to add."""
+    for rows in (None, measured_like_print(published)):
+        for layer in LAYERS:
+            found = judged(claims, published, rows if layer in NETWORKS else None, layer)
+            decided = found["verdict"].isin([*LAYERS[layer].words[:2]])
+            assert (found.loc[~decided, "next"] != "").all() and (found.loc[decided, "next"] == "").all()
 
 
 def test_worse_numbers_are_not_reproduced(claims, published):
     """When our rows fall, ranks and ablations are refuted."""
     rows = measured_like_print(published)
     rows.loc[rows["method"] == "ours", ["mean", "low", "high"]] *= 0.5
-    found = verdicts(claims, with_differences(rows), "full", published=published).set_index("id")
-    assert (
-        found.loc[["3.2-e", "3.2-h", "3.2-j", "3.3-a", "4-a", "4-i"], "verdict"] == "not reproduced"
-    ).all()
+    found = judged(claims, published, with_differences(rows), "our weights")
+    fallen = ["3.2-e", "3.2-h", "3.2-j", "3.3-a", "4-a", "4-i"]
+    assert (found.loc[fallen, "verdict"] == "not reproduced").all()
 
 
 def test_measured_rivals_replace_printed_ones(claims, published):
     """A rival counts as measured on the complete set, as printed on a part of it; others do not count."""
     ours = measured_like_print(published)[lambda d: d["method"] == "ours"]
     rival = ours[(ours["set"] == "TNO") & (ours["metric"] == "SF")].assign(method="PMGI", mean=99.0)
-    claim = claims[claims["id"] == "3.2-j"]
 
     def verdict(rows):
-        return verdicts(claim, pd.concat([ours, rows]), "full", published=published).iloc[0]
+        return judged(claims, published, pd.concat([ours, rows])).loc["3.2-j"]
 
     assert verdict(rival[:0])["verdict"] == "reproduced"
     assert verdict(rival)["verdict"] == "not reproduced" and "PMGI 99.0000" in verdict(rival)["shows"]
@@ -341,56 +358,59 @@ def test_measured_rivals_replace_printed_ones(claims, published):
     assert verdict(rival.assign(method="somebody"))["verdict"] == "reproduced"
 
 
+def test_images_of_rivals_test_the_printed_table(claims, published):
+    """A rival measured on every set can refute the printed row, and cannot confirm more than it was held against."""
+    rows = measured_like_print(published)
+    rivals = rows[(rows["method"] != "ours") & rows["set"].isin(["TNO", "RoadScene", "MSRS"])]
+
+    def verdict(rows):
+        asked = ["other methods' images"]
+        found = verdicts(claims, published, others=rows, expected=expected_images, layers=asked)
+        return found.set_index("id").loc["3.2-j"]
+
+    assert verdict(rivals)["verdict"] == "holds" and "9 of 9 rivals on TNO" in verdict(rivals)["why"]
+    higher = (rivals["method"] == "PMGI") & (rivals["set"] == "TNO")
+    assert verdict(rivals.assign(mean=rivals["mean"].mask(higher, 99.0)))["verdict"] == "contradicted"
+    on_tno = verdict(rivals[rivals["set"] == "TNO"])
+    assert on_tno["verdict"] == "open" and "DIR/fused" in on_tno["next"]
+    assert verdict(rivals.assign(method="somebody"))["verdict"] == "not tested"
+
+
 def test_trivial_methods_are_no_rivals_but_are_told(claims, published):
     """The plain maximum does not refute a rank, and the text says where it scores higher."""
     rows = measured_like_print(published)
-    plain = rows[(rows["method"] == "ours") & (rows["set"] == "TNO") & (rows["metric"] == "SF")].assign(
-        method="maximum", mean=99.0
-    )
-    found = verdicts(claims, pd.concat([rows, plain]), "full", published=published).set_index("id")
-    assert (
-        found.loc["3.2-j", "verdict"] == "reproduced"
-        and "maximum 99.0000 in TNO SF" in found.loc["3.2-j", "shows"]
-    )
+    plain = rows[(rows["method"] == "ours") & (rows["set"] == "TNO") & (rows["metric"] == "SF")]
+    found = judged(claims, published, pd.concat([rows, plain.assign(method="maximum", mean=99.0)]))
+    assert found.loc["3.2-j", "verdict"] == "reproduced"
+    assert "maximum 99.0000 in TNO SF" in found.loc["3.2-j", "shows"]
 
 
 def test_ablations_never_mix_measured_and_printed(claims, published):
     """Without a measured configuration there is no verdict, although its row is printed."""
     ours = measured_like_print(published)[lambda d: d["method"] == "ours"]
-    found = verdicts(claims, ours, "full", published=published).set_index("id")
-    assert (
-        found.loc["4-a", "verdict"] == "not testable"
-        and "not measured: inn on RoadScene" in found.loc["4-a", "reason"]
-    )
+    found = judged(claims, published, ours, "our weights").loc["4-a"]
+    assert found["verdict"] == "not tested" and "nothing measured" in found["why"]
 
 
 @pytest.mark.parametrize(
     ("half", "seeds", "verdict", "reason"),
     [
-        (0.5, 3, "not testable", "the interval of the difference holds 0"),
-        (float("nan"), 1, "not testable", "one seed"),
+        (0.5, 3, "open", "the interval of the difference holds 0"),
+        (float("nan"), 1, "open", "one seed"),
         (1e-6, 3, "reproduced", "holds in 4 of 4"),
     ],
 )
 def test_noise_decides_no_ablation(claims, published, half, seeds, verdict, reason):
     """A difference of 0.0001 counts only where it is larger than half of its interval."""
-    rows = (
-        measured_like_print(published)
-        .query("method in ['ours', 'inn'] and set == 'RoadScene'")
-        .drop_duplicates(["method", "metric"])
-    )
-    rows = with_differences(
-        rows.assign(mean=rows["method"].map({"ours": 1.0001, "inn": 1.0}), half_interval=half, n_paired=seeds)
-    )
-    found = verdicts(claims[claims["id"] == "4-a"], rows, "full", published=published).iloc[0]
-    assert found["verdict"] == verdict and reason in found["reason"]
+    rows = measured_like_print(published).query("method in ['ours', 'inn'] and set == 'RoadScene'")
+    rows = rows.drop_duplicates(["method", "metric"])
+    means = rows["method"].map({"ours": 1.0001, "inn": 1.0})
+    rows = with_differences(rows.assign(mean=means, half_interval=half, n_paired=seeds))
+    found = judged(claims, published, rows, "our weights").loc["4-a"]
+    assert found["verdict"] == verdict and reason in found["why"]
     if seeds > 1:  # the opposite difference is judged by the same rule
-        found = verdicts(
-            claims[claims["id"] == "4-a"],
-            rows.assign(difference=-rows["difference"]),
-            "full",
-            published=published,
-        ).iloc[0]
+        turned = rows.assign(difference=-rows["difference"])
+        found = judged(claims, published, turned, "our weights").loc["4-a"]
         assert found["verdict"] == {"reproduced": "not reproduced"}.get(verdict, verdict)
 
 
@@ -418,7 +438,7 @@ def test_rows_of_an_ablation_keep_their_paired_interval(published):
 
     def inn(seeds):
         return (
-            ablation_rows(rows(seeds), published=published, preset="paper", expected=lambda name: None)
+            ablation_rows(rows(seeds), published=published, expected=lambda name: None)
             .set_index("method")
             .loc["inn"]
         )
@@ -430,74 +450,76 @@ def test_rows_of_an_ablation_keep_their_paired_interval(published):
 
 
 @pytest.mark.parametrize(
-    ("name", "claim", "n", "verdict", "reason"),
+    ("claim", "verdict", "why"),
     [
-        ("TNO", "3.1-a", 25, "reproduced", "has 25 pairs"),
-        ("MRI-CT", "3.5-a", 21, "not reproduced", "has 21 pairs, not 20"),
-        ("MSRS", "3.1-c", 25, "not testable", "25 images are not the complete test set"),
-        ("scenes", "3.1-a", 12, "not testable", "nothing measured"),
+        ("3.1-a", "holds", "has 25 pairs"),
+        ("3.1-c", "contradicted", "has 361 pairs"),
+        ("3.5-a", "contradicted", "has 21 pairs"),
     ],
 )
-def test_counts_need_whole_sets_and_nothing_else(claims, published, name, claim, n, verdict, reason):
-    """Neither weights nor scale have a say in how many pairs there are."""
-    raw = pd.DataFrame(
-        {"set": [name], "method": "ours", "metric": "EN", "mean": 6.0, "low": 5.0, "high": 7.0, "n": n}
-    )
-    found = (
-        verdicts(
-            claims, measured_rows(raw, preset="tiny", expected=expected_images), "real", published=published
-        )
-        .set_index("id")
-        .loc[claim]
-    )
-    assert found["verdict"] == verdict and found["reason"].endswith(reason)
+def test_the_registry_decides_counts(claims, published, claim, verdict, why):
+    """Without any measurement; a set of unknown size leaves the claim open."""
+    found = judged(claims, published, None, "public test sets").loc[claim]
+    assert found["verdict"] == verdict and why in found["why"]
+    unknown = verdicts(claims, published, expected=lambda name: None)
+    assert set(unknown.loc[unknown["kind"] == "count", "verdict"]) == {"not known"}
+
+
+def test_sets_are_complete_by_their_number(claims):
+    """Other people's folders may hold a part of a set, or a set that nobody has counted."""
+    raw = {"method": "ours", "metric": "EN", "mean": 6.0, "low": 5.0, "high": 7.0}
+    rows = pd.DataFrame([raw | {"set": s, "n": n} for s, n in (("TNO", 25), ("MSRS", 25), ("scenes", 12))])
+    assert measured_rows(rows, expected=expected_images)["complete_set"].tolist() == [True, False, None]
 
 
 def test_tasks_are_ranked_among_measured_rows(claims, published):
     """Printed detectors are no rivals; with all of them measured on a whole set, the claim is judged."""
     rows = measured_like_print(published)
-    claim = claims[claims["id"] == "3.3-c"]
-    found = verdicts(
-        claim, rows[rows["method"] == "ours"].assign(complete_set=None), "full", published=published
-    ).iloc[0]
-    assert (
-        found["verdict"] == "not testable"
-        and "size of the test set of M3FD unknown" in found["reason"]
-        and "rank" not in found["shows"]
-    )
-    few = verdicts(claim, rows[rows["method"].isin(["ours", "U2Fusion"])], "full", published=published).iloc[
-        0
-    ]
-    assert (
-        few["verdict"] == "not testable"
-        and "measured are 1 of" in few["reason"]
-        and "rank 1 of 2" in few["shows"]
-    )
-    assert verdicts(claim, rows, "full", published=published).iloc[0]["verdict"] == "reproduced"
+
+    def verdict(some):
+        return judged(claims, published, some).loc["3.3-c"]
+
+    alone = verdict(rows[rows["method"] == "ours"].assign(complete_set=None))
+    assert alone["verdict"] == "open" and "size of the test set of M3FD unknown" in alone["why"]
+    few = verdict(rows[rows["method"].isin(["ours", "U2Fusion"])])
+    assert few["verdict"] == "open" and "measured are 1 of" in few["why"] and "rank 1 of 2" in few["shows"]
+    assert "images of all methods of Table 2" in few["next"]
+    assert verdict(rows)["verdict"] == "reproduced"
 
 
 def test_weights_of_a_run_without_their_record_are_not_the_papers(tmp_path):
     """No record, no weights, and weights that say nothing of their training."""
+    record = tmp_path / "provenance.json"
     with pytest.raises(InputError, match="run the stage 'fuse'"):
-        run_presets(tmp_path / "provenance.json")
-    (tmp_path / "provenance.json").write_text(
-        json.dumps({"params": {"weights": str(tmp_path / "w.safetensors"), "models": {"released": "x.pth"}}})
-    )
-    with pytest.raises(InputError, match="no such weights file"):
-        run_presets(tmp_path / "provenance.json")
+        run_networks(record)
+    used = {"weights": str(tmp_path / "w.safetensors"), "models": {"other": str(tmp_path / "x.pth")}}
+    record.write_text(json.dumps({"params": used}))
+    with pytest.raises(InputError, match=r"w\.safetensors"):
+        run_networks(record)
     SMFNet("paper").save(tmp_path / "w.safetensors")
-    assert run_presets(tmp_path / "provenance.json") == {
-        "ours": "paper, not trained by the notebook train",
-        "released": "unknown (x.pth does not say how it was trained)",
-    }
+    (tmp_path / "x.pth").write_bytes(b"some weights")
+    found = run_networks(record)
+    assert {network.layer for network in found.values()} == {"stand-ins"}
+    assert "not trained by the notebook train" in found["ours"].name
+    assert "does not say how it was trained" in found["other"].name
+
+
+def test_registered_weights_decide_under_any_name(tmp_path):
+    """A copy of the shipped weights is known by its content, and an altered copy is not."""
+    shipped = Path(smfnet.__file__).with_name("weights") / "tiny.safetensors"
+    copy = tmp_path / "renamed.safetensors"
+    copy.write_bytes(shipped.read_bytes())
+    assert network_of(copy) == network_of("tiny")
+    SMFNet.load(shipped).save(copy, note="other bytes")
+    assert network_of(copy) != network_of("tiny")
 
 
 def test_missing_cells_leave_a_claim_open(claims, published):
     """One unmeasured metric is enough, unless the others decide already."""
     rows = measured_like_print(published)
     part = rows[~((rows["method"] == "ours") & (rows["set"] == "TNO") & rows["metric"].isin(["EN", "VIF"]))]
-    found = verdicts(claims, part, "full", published=published).set_index("id")
-    assert found.loc["3.2-e", "verdict"] == "not testable" and "missing" in found.loc["3.2-e", "reason"]
+    found = judged(claims, published, part)
+    assert found.loc["3.2-e", "verdict"] == "open" and "not measured on TNO" in found.loc["3.2-e", "why"]
     assert found.loc["3.2-h", "verdict"] == "not reproduced"  # RoadScene's Qabf decides
 
 
@@ -505,21 +527,22 @@ def test_close_calls_are_told(claims, published):
     """A rival within the interval of our mean is named in what the run shows."""
     rows = measured_like_print(published)
     rows.loc[rows["method"] == "ours", "low"] = 0.0
-    shows = verdicts(claims, rows, "full", published=published).set_index("id").loc["3.2-j", "shows"]
+    shows = judged(claims, published, rows).loc["3.2-j", "shows"]
     assert "within the interval of the mean in TNO SF, RoadScene SF, MSRS SF" in shows
 
 
 def test_bad_measurements_are_refused(claims, published):
-    """Missing columns, doubled rows, an unknown scale, texts instead of truth values."""
+    """Missing columns, doubled rows, texts instead of truth values, an unknown layer."""
     rows = measured_like_print(published)
-    for bad, scale, message in (
-        (rows.drop(columns="preset"), "full", "preset missing"),
-        (rows, "big", "scale: 'big'"),
-        (pd.concat([rows, rows[:1]]), "full", "occurs twice"),
-        (rows.assign(complete_set="True"), "full", "give True or False"),
+    for bad, message in (
+        (rows.drop(columns="n"), "n missing"),
+        (pd.concat([rows, rows[:1]]), "occurs twice"),
+        (rows.assign(complete_set="True"), "give True or False"),
     ):
         with pytest.raises(InputError, match=message):
-            verdicts(claims, bad, scale, published=published)
+            judged(claims, published, bad)
+    with pytest.raises(InputError, match="hearsay unknown"):
+        judged(claims, published, rows, "hearsay")
 
 
 def test_rank_ties_and_absent_rivals(published):
