@@ -47,7 +47,7 @@ def _module_and_name(dotted: str, root: Path) -> tuple[Path, str]:
 
 # %% ../../nbs/00_core/08_paper_map.ipynb #9168b470
 def find_definition(
-    dotted: str,  # name below `smfnet`, e.g. "network.cai.CAI"; "losses.stages.LossWeights.alpha1" finds the class
+    dotted: str,  # name below `smfnet`, e.g. "network.cai.CAI"; of an attribute, its class
     root: Path,  # top of the checkout
 ) -> Definition:
     "The cell that defines a name; `InputError` if there is none."
@@ -70,7 +70,8 @@ def read_map(
     "One dictionary a line of a file of the map."
     path = Path(root) / "data" / "published" / f"{name}.csv"
     try: text = path.read_text(encoding="utf-8")
-    except OSError as e: raise InputError(f"{path}: {e.strerror}; give the top of a checkout") from e
+    except OSError as e:
+        raise InputError(f"{path}: {e.strerror}; give the top of a checkout") from e
     return list(csv.DictReader(text.splitlines()))
 
 def split_list(
@@ -91,7 +92,10 @@ def _name_links(cell: str, root: Path, lessons: bool = True) -> str:
     return "<br>".join(links)
 
 def _test_links(cell: str) -> str:
-    return "<br>".join(f"[{t.partition('::')[2]}](../tests/{t.partition('::')[0]})" for t in split_list(cell))
+    "Tests as words, which break between lines where their names do not."
+    parts = [test.partition("::") for test in split_list(cell)]
+    words = {f"{file}::{name}": name.removeprefix("test_").replace("_", " ") for file, _, name in parts}
+    return "<br>".join(f"[{text}](../tests/{test.partition('::')[0]})" for test, text in words.items())
 
 def _row_links(cell: str) -> str:
     return ", ".join(f"[{row}](ledger.ipynb#row-{row})" for row in split_list(cell))
@@ -125,8 +129,8 @@ def exhibits_table(
         if r["exhibit"].startswith(kind):
             makers = "<br>".join(f"[{n}](experiments/{n}.ipynb)" for n in split_list(r["experiments"]))
             code = _name_links(r["names"], root, lessons=False)
-            rows.append((r["exhibit"].split()[1], r["shows"], makers, code, _test_links(r["tests"]), r["state"],
-                         _row_links(r["rows"])))
+            number, tests = r["exhibit"].split()[1], _test_links(r["tests"])
+            rows.append((number, r["shows"], makers, code, tests, r["state"], _row_links(r["rows"])))
     return _markdown(f"| {kind} | shows | made again by | with | tests | state | ledger |", rows)
 
 # %% ../../nbs/00_core/08_paper_map.ipynb #c852b598
@@ -149,7 +153,7 @@ def ledger_rows(
     "The rows of `nbs/ledger.ipynb`; `InputError` names a row that lacks a part."
     rows = []
     for _, _, source in _cells(Path(root) / "nbs" / "ledger.ipynb"):
-        if not (head := re.match(r"## row (\d+)\n\n\*\*(.+)\*\*\n", source)): continue
+        if not (head := re.match(r"## row (\d+)\n\n### (.+)\n", source)): continue
         found = dict(re.findall(r"^\*(\w+)\.\* (.+)$", source, re.M))
         if tuple(found) != PARTS:
             raise InputError(f"ledger.ipynb: row {head[1]} has {', '.join(found)}; write {', '.join(PARTS)}")
@@ -160,6 +164,8 @@ def ledger_table(
     root: Path,  # top of the checkout
 ) -> str:  # Markdown
     "Row, topic, where it is shown, tests and state."
-    rows = [(f"[{r['row']}](ledger.ipynb#row-{r['row']})", r["topic"], r["Where"], r["Tests"], r["State"])
-            for r in ledger_rows(root)]
+    rows = []
+    for r in ledger_rows(root):
+        tests = "; ".join(re.findall(r"`(\S+::\w+)`", r["Tests"]))
+        rows.append((_row_links(r["row"]), r["topic"], r["Where"], _test_links(tests), r["State"]))
     return _markdown("| row | topic | shown in | tests | state |", rows)

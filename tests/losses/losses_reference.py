@@ -1,4 +1,4 @@
-"""The losses of both stages once more, in plain NumPy and float64: no code of the package, no autograd, no speed.
+"""The losses of both stages once more, in plain NumPy and float64: no code of the package, no speed.
 
 Written from the paper's equations and, where `released` says so, from what the authors' code computes. The
 Lovász extension is taken in another form than the package's: as the mean Jaccard distance of all cuts through
