@@ -48,7 +48,7 @@ def features_of(model):
 
 
 @pytest.mark.parametrize("case", reference.NETWORKS)
-def test_network(case):
+def test_network_meets_the_reference_numbers(case):
     """Every intermediate result of both stages, both gatings, both sizes."""
     found = features_of(model_of(case))
     assert set(found) == set(KEPT["network"][case])
@@ -89,7 +89,7 @@ def our_losses(variant):
 
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
-def test_losses(variant):
+def test_losses_meet_the_reference_numbers(variant):
     """Every term, correlation and total of both stages."""
     found, kept = our_losses(variant), KEPT["losses"][variant]
     assert set(found) == set(kept)
@@ -101,7 +101,7 @@ def test_losses(variant):
 
 
 @pytest.mark.parametrize("kind", reference.SCENES)
-def test_metrics(kind):
+def test_metrics_meet_the_reference_numbers(kind):
     """Nine metrics of two simple fusions of a rendered scene, and the two variants in their conventions."""
     kept = KEPT["metrics"][kind]
     vis, ir, fused, check = reference.scene(kind)
