@@ -179,7 +179,7 @@ def test_links_are_found():
     assert links(text) == ["b.ipynb", "../d/e.ipynb"]
 
 
-@pytest.mark.parametrize("notebook", sorted(NBS.rglob("*.ipynb")), ids=short)
+@pytest.mark.parametrize("notebook", every_notebook(), ids=short)
 def test_links_between_notebooks_resolve(notebook):
     """Every relative link leads to a file."""
     found = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
