@@ -273,7 +273,8 @@ def verdicts(
             rows.append({**claim, "layer": layer, "why": said.why, "shows": said.shows, **decided})
     return pd.DataFrame(rows, columns=VERDICT)
 
-# %% ../../nbs/09_report/07_evidence.ipynb #370aa2ab
+# %% ../../nbs/09_report/07_evidence.ipynb #e2352a18
+_MANY = {"holds": "hold", "agrees": "agree", "disagrees": "disagree"}
 _COLOURS = ("#c6e2d5", "#f1c0b9", "#f6ecd0", "#ececec")
 STYLE = """<style>
 .smfnet-claims {border-collapse: collapse; font-size: 13px}
@@ -281,15 +282,16 @@ STYLE = """<style>
 .smfnet-claims th, .smfnet-claims td {border-bottom: 1px solid #ddd}
 .smfnet-claims small {color: #555; display: block}
 .smfnet-claims .v {border-radius: 8px; padding: 1px 7px; white-space: nowrap; color: #222}
-.smfnet-claims summary {cursor: pointer; list-style: none}
+.smfnet-claims td summary {cursor: pointer; list-style: none}
 .smfnet-claims details p {margin: 3px 0; max-width: 26em; font-size: 12px}
 </style>"""
 
-def _chip(layer: str, verdict: str, count: str = "") -> str:
-    "A word in the colour of what it means."
+def _chip(layer: str, verdict: str, count: int = 0) -> str:
+    "A word in the colour of what it means, behind its count if there is one."
     words = LAYERS[layer].words
     colour = _COLOURS[words.index(verdict)] if verdict in words else _COLOURS[3]
-    return f"<span class=v style='background:{colour}'>{count}{verdict}</span>"
+    text = f"{count} {_MANY.get(verdict, verdict) if count > 1 else verdict}" if count else verdict
+    return f"<span class=v style='background:{colour}'>{text}</span>"
 
 # %% ../../nbs/09_report/07_evidence.ipynb #9487dd11
 def next_step(
@@ -300,20 +302,29 @@ def next_step(
     first = next((name for name in LAYERS if bare.get(name)), None)
     return first and (first, adds(first))
 
+def _against(table: pd.DataFrame) -> str:
+    "The claims that some layer contradicts, with what contradicts them."
+    words = table["layer"].map(lambda name: LAYERS[name].words[1])
+    found = table[(table["verdict"] == words) & (table["layer"] != "stand-ins")]
+    line = lambda r: f"<li>{html.escape(r.claim)} <small>{r.layer}: {html.escape(r.why)}</small></li>"
+    lines = "".join(map(line, found.itertuples()))
+    title = "<summary><b>What does not hold</b></summary>"
+    return f"<details class=smfnet-claims>{title}<ul>{lines}</ul></details>" if lines else ""
+
 def headline(
     table: pd.DataFrame,  # of `verdicts`
 ) -> str:  # a piece of HTML
-    "The counts of every layer, and the command that adds the next one."
+    "The counts of every layer, what does not hold, and the command that adds the next layer."
     rows = []
     for name, layer in LAYERS.items():
         words = table.loc[table["layer"] == name, "verdict"].value_counts()
         order = [w for w in (*layer.words, LOOK, UNTESTED) if w in words]
-        chips = " ".join(_chip(name, w, f"{words[w]} ") for w in order)
+        chips = " ".join(_chip(name, w, words[w]) for w in order)
         rows.append(f"<tr><td><b>{name}</b><small>{layer.about}</small></td><td>{chips}</td></tr>")
     step = next_step(table)
     then = f"<p>To add <b>{step[0]}</b>: <code>{html.escape(step[1])}</code></p>" if step else ""
     title = f"<p>{table['id'].nunique()} claims of the paper, by kind of evidence:</p>"
-    return f"{STYLE}{title}<table class=smfnet-claims>{''.join(rows)}</table>{then}"
+    return f"{STYLE}{title}<table class=smfnet-claims>{''.join(rows)}</table>{then}{_against(table)}"
 
 # %% ../../nbs/09_report/07_evidence.ipynb #174b541b
 def _cell(rows: pd.DataFrame) -> str:

@@ -385,6 +385,7 @@ STYLE = """<style>
 .smfnet-table th, .smfnet-table td {border-bottom: 1px solid #ccc}
 .smfnet-table th:first-child, .smfnet-table td:first-child {text-align: left}
 .smfnet-table caption {text-align: left; padding: 4px 0; color: #333; caption-side: top}
+.smfnet-short small {display: inline}
 .smfnet-table tr.trivial td {background: #f0f0ec}
 .smfnet-table span {display: block; white-space: nowrap}
 .smfnet-table .p {color: #0b5394; font-style: italic}
@@ -393,6 +394,7 @@ STYLE = """<style>
 .smfnet-table .i, .smfnet-table small {display: block; white-space: normal}
 .smfnet-table .r1 {font-weight: bold}
 .smfnet-table .r2 {text-decoration: underline}
+.smfnet-short small {display: inline}
 .smfnet-table tr.trivial td.above {background: #ffe8b3}
 </style>"""
 
@@ -486,7 +488,8 @@ def to_short_html(
         for side, label in labels.items():
             if rows[side].notna().any(): lines.append(_short_row(label, rows, side, metrics))
     head = "".join(f"<th>{html.escape(m)}</th>" for m in ("", *metrics))
-    lines = [f"<tr>{head}</tr>", *lines]
+    legend = "<caption>Table 1 in short; small: rank among printed, or among measured methods</caption>"
+    lines = [legend, f"<tr>{head}</tr>", *lines]
     return "\n".join([STYLE, '<table class="smfnet-table smfnet-short">', *lines, "</table>"])
 
 # %% ../../nbs/09_report/04_tables.ipynb #1f70d5af
