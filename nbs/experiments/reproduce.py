@@ -93,7 +93,10 @@ class Plan:
         self.config = {k: {**(config.get(k) or {}), **(more.get(k) or {})} for k in [*config, *more]}
         for method, name in zip(["ours", *(Path(n).stem for n in [*self.weights][1:])], self.weights):
             fuse = self.config.setdefault("fuse", {})
-            fuse |= {"weights": name} if method == "ours" else {"models": {**fuse.get("models", {}), method: name}}
+            if method == "ours":
+                fuse["weights"] = name
+            else:
+                fuse["models"] = {**fuse.get("models", {}), method: name}
 
     def values(self, pattern: str, **wildcards: str) -> dict:
         """All parameters of a stage: defaults moved to this profile, wildcards, configuration, changes."""
