@@ -59,10 +59,10 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def site(tmp_path, checkpoint):
-    """Serves the checkpoint where the authors' would be, and whatever lies in home/."""
+    """Serves the checkpoint where the authors' would be, and whatever lies in published/."""
 
     def read(path):
-        return checkpoint.read_bytes() if path == RELEASED else (tmp_path / "home" / path).read_bytes()
+        return checkpoint.read_bytes() if path == RELEASED else (tmp_path / "published" / path).read_bytes()
 
     s = Site(read, continues=True)
     yield s
@@ -81,11 +81,11 @@ def place(tmp_path, monkeypatch):
 
 @pytest.fixture
 def toy(tmp_path):
-    """A small network, pinned, published in home/."""
-    (tmp_path / "home").mkdir()
+    """A small network, pinned, published in published/."""
+    (tmp_path / "published").mkdir()
     torch.manual_seed(0)
-    SMFNet("tiny").save(tmp_path / "home/toy.safetensors")
-    return pin_weights(tmp_path / "home/toy.safetensors", "toy", "http://127.0.0.1:1/toy.safetensors")
+    SMFNet("tiny").save(tmp_path / "published/toy.safetensors")
+    return pin_weights(tmp_path / "published/toy.safetensors", "toy", "http://127.0.0.1:1/toy.safetensors")
 
 
 def fetch(weights, site, **options):
@@ -357,7 +357,7 @@ def test_content_is_recognised_under_any_name(toy, site, place, tmp_path):
     fetch(toy, site)
     register(place / "data/weights", toy=toy)
     copied = tmp_path / "anything.bin"
-    copied.write_bytes((tmp_path / "home/toy.safetensors").read_bytes())
+    copied.write_bytes((tmp_path / "published/toy.safetensors").read_bytes())
     assert identify(copied).name == "toy" and identify(tmp_path) is None and identify("gone") is None
     assert identify(REGISTRY.with_name("weights") / "tiny.safetensors").origin == "this project"
     copied.write_bytes(b"x" + copied.read_bytes())
@@ -433,11 +433,11 @@ def test_names_and_paths(toy, site, place, tmp_path):
     """A file of that name comes first, as before; upper case is no other name."""
     assert is_registered("tiny") and is_registered("TINY") and not is_registered("./tiny")
     assert not load_model("Tiny", device="cpu").training
-    (place / "tiny").write_bytes((tmp_path / "home/toy.safetensors").read_bytes())
+    (place / "tiny").write_bytes((tmp_path / "published/toy.safetensors").read_bytes())
     assert not is_registered("tiny") and identify("tiny") is None
     assert torch.equal(
         load_model("tiny", device="cpu").encoder.embed.weight,
-        load_model(tmp_path / "home/toy.safetensors", device="cpu").encoder.embed.weight,
+        load_model(tmp_path / "published/toy.safetensors", device="cpu").encoder.embed.weight,
     )
 
 
@@ -466,7 +466,7 @@ def test_list_and_show(capsys):
         "weights show nothing",
         "weights get nothing",
         "weights get released --mirror http://127.0.0.1:1 --root new",
-        "weights get released --mirror http://127.0.0.1:1 --root ../home/toy.safetensors",
+        "weights get released --mirror http://127.0.0.1:1 --root ../published/toy.safetensors",
     ],
 )
 def test_bad_requests_are_one_line(toy, line, capsys, monkeypatch):
