@@ -1,15 +1,10 @@
 """Downloads from a server on this machine that cuts, stalls, corrupts and refuses."""
 
-import contextlib
-import threading
-import time
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote
 
 import pytest
 from datasets_toys import files_below, real, toy  # noqa: F401  (fixtures)
+from sites import Site
 
 from smfnet.core.checks import InputError
 from smfnet.data import acquire
@@ -17,52 +12,6 @@ from smfnet.data.acquire import STAGE, get, verify
 from smfnet.data.registry import find_set
 
 pytest.importorskip("pooch")
-
-
-class Handler(SimpleHTTPRequestHandler):
-    """Serves files by a table; `mood(path, visit)` says what goes wrong with an answer."""
-
-    def __init__(self, *args, site, **kwargs):
-        self.site = site
-        super().__init__(*args, **kwargs)
-
-    def log_message(self, *args):
-        pass
-
-    def do_GET(self):
-        path = unquote(self.path).lstrip("/")
-        with self.site.lock:
-            visit = self.site.visits[path] = self.site.visits.get(path, 0) + 1
-        mood = self.site.mood(path, visit)
-        if mood in (404, 403, 503):
-            return self.send_error(mood)
-        body = self.site.read(path)
-        if mood == "corrupt":
-            body = body[: len(body) // 2] + bytes([body[len(body) // 2] ^ 1]) + body[len(body) // 2 + 1 :]
-        if mood == "page":
-            body = b"<html>please sign in</html>"
-        self.send_response(200)
-        if mood != "unsized":
-            self.send_header("Content-Length", str(len(body) * (1000 if mood == "endless" else 1)))
-        self.end_headers()
-        with contextlib.suppress(OSError):
-            self.wfile.write(body[: len(body) // 2] if mood in ("cut", "stall", "unsized") else body)
-            if mood == "endless":
-                for _ in range(999):
-                    self.wfile.write(body)
-            if mood == "stall":
-                time.sleep(1)
-
-
-class Site:
-    """A running server."""
-
-    def __init__(self, read):
-        self.read, self.visits, self.lock = read, {}, threading.Lock()
-        self.mood = lambda path, visit: None
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, site=self))
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
 
 @pytest.fixture
@@ -199,15 +148,15 @@ def test_what_is_in_the_shared_place_is_not_fetched(toy, site, tmp_path, monkeyp
 
 def test_interrupted_from_the_keyboard(toy, site, tmp_path, monkeypatch):  # noqa: F811
     """Nothing is installed, what was checked is not fetched again, and partial files never reach the set."""
-    real_fetch, count = acquire._fetch, []
+    real_fetch, count = acquire.fetch, []
 
-    def interrupted(*args):
+    def interrupted(*args, **options):
         count.append(1)
         if len(count) == 4:
             raise KeyboardInterrupt
-        return real_fetch(*args)
+        return real_fetch(*args, **options)
 
-    monkeypatch.setattr(acquire, "_fetch", interrupted)
+    monkeypatch.setattr(acquire, "fetch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fetch(toy, site, tmp_path)
     assert not (tmp_path / "data/toy").exists() and len(site.visits) == 3

@@ -10,8 +10,8 @@ import pytest
 from datasets_toys import files_below, png, real, scenes, toy  # noqa: F401  (fixtures)
 
 from smfnet.core.checks import InputError
+from smfnet.core.download import FETCHED_FROM
 from smfnet.core.provenance import sha256
-from smfnet.data import acquire
 from smfnet.data.acquire import add, unpack, verify
 from smfnet.data.classes import M3FD_CLASSES
 from smfnet.data.images import write_image
@@ -58,7 +58,7 @@ def test_file_is_small_and_has_only_https_homes_of_the_sets():
     assert REGISTRY.stat().st_size < 1_500_000
     for d in registry().values():
         for f in (f for s in d.splits.values() for f in s.files):
-            assert f.url.startswith(acquire.FETCHED_FROM + "/") and " " not in f.url and f.bytes < 2_000_000
+            assert f.url.startswith(FETCHED_FROM + "/") and " " not in f.url and f.bytes < 2_000_000
 
 
 def test_splits_share_no_bytes():

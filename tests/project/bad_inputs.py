@@ -299,6 +299,7 @@ OPTIONS = (
     (("data", "verify"), ("--root",), "smfnet"),
     (("data", "verify", "TNO"), ("--root",), "smfnet"),
     (("data", "add", "M3FD", "empty"), ("--root",), "smfnet"),
+    (("weights", "verify", "released"), ("--root",), "smfnet"),
     (CHECK, ("--ir", "--vis", "--pictures"), "smfnet"),
     (EXPORT, ("--out", "--weights"), "smfnet"),
     (TRAIN, ("--data", "--out", "--init"), "train"),
@@ -341,7 +342,9 @@ def path_cases(made) -> Iterator[Case]:
                     continue
                 out = option in ("--out", "--csv", "--root", "--pictures", "--init")
                 ends = (0, 1, 2) if out or what == "dangling" else (1, 2)
-                title = f"{program} {' '.join(words[: 1 + (words[0] == 'data')])} {option} {what}"
+                title = (
+                    f"{program} {' '.join(words[: 1 + (words[0] in ('data', 'weights'))])} {option} {what}"
+                )
                 name = title.replace("train --data", "train") if program == "train" else title
                 yield Case(name, changed(words, option, path), program, ends)
     for what in (*PATHS, *archives()):
@@ -415,11 +418,15 @@ def word_cases() -> Iterator[Case]:
     odd = ("", "nothing", "../..", "\x1b[31m", "ir\nvi", os.fsdecode(b"\xff"), "☃", "x" * 5000)
     for word in odd:
         yield Case(f"word command {ascii(word)[:12]}", (word,))
-        yield Case(f"word task {ascii(word)[:12]}", ("data", word))
+        for command in ("data", "weights"):
+            yield Case(f"word task {command} {ascii(word)[:12]}", (command, word))
+        yield Case(f"word weights {ascii(word)[:12]}", changed(FUSE, "--weights", word))
         yield Case(f"word device {ascii(word)[:12]}", changed(FUSE, "--device", word))
         yield Case(f"word protocol {ascii(word)[:12]}", (*EVALUATE, "--protocol", word))
         for task in ("get", "verify"):
             yield Case(f"word {task} {ascii(word)[:12]}", ("data", task, word, "--root", "out"))
+        for task in ("get", "verify", "show"):
+            yield Case(f"word weights {task} {ascii(word)[:12]}", ("weights", task, word, "--root", "out"))
         yield Case(f"word split {ascii(word)[:12]}", ("data", "get", "TNO", word, "--root", "out"))
         yield Case(f"word add {ascii(word)[:12]}", ("data", "add", word, "empty", "--root", "out"))
         for option in ("--preset", "--recipe", "--device"):
@@ -710,6 +717,7 @@ def warm() -> None:
     import smfnet.data.acquire
     import smfnet.data.pair_check
     import smfnet.fusion.files
+    import smfnet.fusion.model_zoo
     import smfnet.fusion.onnx
     import smfnet.fusion.video
     import smfnet.metrics.folder

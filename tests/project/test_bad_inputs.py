@@ -29,7 +29,7 @@ def test_there_are_enough_of_them(tmp_path, monkeypatch):
     cases = bad_inputs.all_cases(tmp_path, bad_inputs.build(tmp_path))
     assert len(cases) >= 1000 and len({c.name for c in cases}) == len(cases)
     commands = {c.words[0] for c in cases if c.program == "smfnet" and c.words}
-    assert commands >= {"fuse", "video", "evaluate", "data", "export-onnx"}
+    assert commands >= {"fuse", "video", "evaluate", "data", "weights", "export-onnx"}
     tasks = {c.words[1] for c in cases if c.words[:1] == ("data",) and len(c.words) > 1}
     assert tasks >= {"list", "get", "add", "verify", "check"} and any(c.program == "train" for c in cases)
     assert len(bad_inputs.quick(cases)) >= 80
