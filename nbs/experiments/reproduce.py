@@ -18,7 +18,7 @@ from stages import check_parameters, fingerprint, hold, parameters
 from smfnet.core.checks import InputError, user_path
 from smfnet.core.command import run_command
 from smfnet.core.provenance import sha256
-from smfnet.fusion.model_zoo import is_registered, locate_weights
+from smfnet.fusion.model_zoo import is_registered, weights_file
 from smfnet.report.page import StageRecord, write_report
 
 EXPERIMENTS = "nbs/experiments"
@@ -55,10 +55,8 @@ def named_weights(text: str) -> dict[str, str]:
     found = {}
     names = [name for part in text.split(",") if (name := part.strip())]
     for name in [text] if text and user_path(text).is_file() else names:
-        path = locate_weights(name) if is_registered(name) else user_path(name)
-        if path is None:
-            raise InputError(f"weights {name!r} are not here; get them first: smfnet weights get {name}")
-        if not Path(path).is_file():
+        path = weights_file(name) if is_registered(name) else user_path(name)
+        if not path.is_file():
             raise InputError(f"{path}: no such weights file; see: smfnet weights list")
         found[name if is_registered(name) else str(path)] = os.path.relpath(path)
     return found

@@ -306,7 +306,8 @@ def _against(table: pd.DataFrame) -> str:
     "The claims that some layer contradicts, with what contradicts them."
     words = table["layer"].map(lambda name: LAYERS[name].words[1])
     found = table[(table["verdict"] == words) & (table["layer"] != "stand-ins")]
-    line = lambda r: f"<li>{html.escape(r.claim)} <small>{r.layer}: {html.escape(r.why)}</small></li>"
+    why = lambda r: html.escape(f"{r.layer}: {r.why}. {r.reading}")
+    line = lambda r: f"<li>{html.escape(r.claim)} <small>{why(r)}</small></li>"
     lines = "".join(map(line, found.itertuples()))
     title = "<summary><b>What does not hold</b></summary>"
     return f"<details class=smfnet-claims>{title}<ul>{lines}</ul></details>" if lines else ""
