@@ -33,7 +33,7 @@ from smfnet.data.images import (
 )
 from ..data.matching import find_source, list_images, match_names
 from ..data.pixels import EXTENSIONS, Pixels, read_pixels
-from .files import _as_model, fuse_pictures
+from .files import ready_model, fuse_pictures
 
 # %% ../../nbs/06_fusion/04_video.ipynb #063e9050
 def _av():
@@ -925,7 +925,7 @@ def fuse_video(
         for note in clip.notes: log(f"{clip.path.name}: {note}")
     _same(a, b, fps)
     rate, target = _rate(a, b, fps), _target(out, a, b)
-    model, start = _as_model(model, device, max_memory), time.perf_counter()
+    model, start = ready_model(model, device, max_memory), time.perf_counter()
     with _sink(target, b, rate, log) as sink:
         _fuse_frames(model, a, b, (range, vis_range), fps is None, sink, log, progress)
     if not sink.frames:

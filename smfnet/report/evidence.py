@@ -21,7 +21,7 @@ from ..training.ablations import conditions
 from ..training.recipes import recipe
 from ..core.checks import InputError
 from ..core.provenance import atomic_path
-from ..fusion.model_zoo import Weights, find_weights, identify, is_registered, zoo
+from ..fusion.model_zoo import Weights, find_weights, identify, is_registered, replacement, zoo
 from ..network.model import PRESETS, read_header
 from .claims import MEASURED, PAIRED, Judgement, judge_claim, judge_count, judge_print
 
@@ -115,6 +115,7 @@ class Network(NamedTuple):
     "A network of a run."
     layer: str  # a key of `LAYERS`
     name: str  # what to call it in a table
+    remark: str = ""  # what a reader must know of its origin
 
 def network_of(
     weights: str | Path,  # a registered name, or a weights file
@@ -125,7 +126,7 @@ def network_of(
         preset = weights_preset(weights)
         ours = preset == "paper"
         return Network("our weights" if ours else "stand-ins", f"trained here, {preset} preset")
-    if known.origin == "authors": return Network("authors' weights", "authors' weights")
+    if known.origin == "authors": return Network("authors' weights", "authors' weights", replacement(known))
     if _is_ours(known): return Network("our weights", "our weights of the paper's size")
     return Network("stand-ins", f"{known.name}, shipped with this project")
 
@@ -314,6 +315,7 @@ def _against(table: pd.DataFrame) -> str:
 
 def headline(
     table: pd.DataFrame,  # of `verdicts`
+    remarks: Sequence[str] = (),  # what a reader must know first
 ) -> str:  # a piece of HTML
     "The counts of every layer, what does not hold, and the command that adds the next layer."
     rows = []
@@ -324,7 +326,8 @@ def headline(
         rows.append(f"<tr><td><b>{name}</b><small>{layer.about}</small></td><td>{chips}</td></tr>")
     step = next_step(table)
     then = f"<p>To add <b>{step[0]}</b>: <code>{html.escape(step[1])}</code></p>" if step else ""
-    title = f"<p>{table['id'].nunique()} claims of the paper, by kind of evidence:</p>"
+    notes = "".join(f"<p><b>Note:</b> {html.escape(r)}</p>" for r in remarks if r)
+    title = f"{notes}<p>{table['id'].nunique()} claims of the paper, by kind of evidence:</p>"
     return f"{STYLE}{title}<table class=smfnet-claims>{''.join(rows)}</table>{then}{_against(table)}"
 
 # %% ../../nbs/09_report/07_evidence.ipynb #174b541b
@@ -355,9 +358,10 @@ def claims_page(
 def write_verdicts(
     table: pd.DataFrame,  # of `verdicts`
     folder: str | Path,  # receives claims.csv, claims.html and headline.html
+    remarks: Sequence[str] = (),  # of `headline`
 ) -> None:
     "Write the verdicts as CSV, and as two pieces for the report."
-    texts = {"claims.html": claims_page(table), "headline.html": headline(table)}
+    texts = {"claims.html": claims_page(table), "headline.html": headline(table, remarks)}
     with atomic_path(Path(folder, "claims.csv")) as part: table.to_csv(part, index=False)
     for name, text in texts.items():
         with atomic_path(Path(folder, name)) as part: part.write_text(text, encoding="utf-8")
