@@ -231,7 +231,7 @@ def _words(cells: pd.DataFrame, *reasons: str) -> str:
     held, open_ = (sum(c is x for c in cells["holds"]) for x in (True, None))
     left = f", {open_} open" if open_ else ""
     failing = cells[[c is False for c in cells["holds"]]] if "rank" in cells else cells[:0]
-    where = f"not in: {describe_cells(failing)}" if len(failing) else ""
+    where = f"not in: {describe_cells(failing).replace('; ', ', ')}" if len(failing) else ""
     return "; ".join([f"holds in {held} of {len(cells)} cells{left}", *filter(None, (where, *reasons))])
 
 def _ablation(claim: Mapping, measured: pd.DataFrame) -> Judgement:

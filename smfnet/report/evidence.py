@@ -213,7 +213,8 @@ def _by_images(claim: Mapping, measured: pd.DataFrame, published: pd.DataFrame) 
     said = judge_claim(claim, pd.concat([own[list(MEASURED)], again[list(MEASURED)]]), published)
     counts = again.groupby("set")["method"].nunique()
     found = ", ".join(f"{n} of {len(rivals)} rivals on {name}" for name, n in counts.items())
-    return said._replace(why=f"{said.why.partition(';')[0]}; measured again: {found}")
+    parts = [p for p in said.why.split("; ") if p.startswith(("holds in", "not in"))]
+    return said._replace(why="; ".join([*parts, f"measured again: {found}"]))
 
 # %% ../../nbs/09_report/07_evidence.ipynb #e02f9d93
 def _judgement(claim, layer, numbers, *, others, published, expected) -> Judgement:
