@@ -307,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--profile", default="demo", help="set of parameters: demo, real or full")
     add("--data", metavar="DIR", help="folder with the real test sets")
-    add("--weights", metavar="NAME", help="registered weights or a file; several by commas, the first is ours")
+    add("--weights", metavar="NAME", help="registered weights, or a file; several with commas")
     add("--set", metavar="STAGE.NAME=VALUE", action="append", help="change a parameter; may be repeated")
     add("--cores", default="all", help="processors to use")
     add("--dry-run", action="store_true", help="only say what would run")

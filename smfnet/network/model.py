@@ -268,11 +268,17 @@ def load_state_dict(
 def save(
     self: SMFNet,
     path: str | Path,  # .safetensors file to write
+    *,
+    half: bool = False,  # store float16, in half the space; loading gives float32 again
     **metadata: str,  # anything worth remembering: data, seed, revision
 ) -> None:
-    "Write weights and configuration to a safetensors file, atomically."
+    "Write weights and configuration to a safetensors file, atomically; `InputError` if float16 is too small."
     header = {"format": FORMAT, "config": json.dumps(self.config.stored()), **metadata}
     state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+    if half:
+        state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+        if lost := [k for k, v in state.items() if not v.isfinite().all()]:
+            raise InputError(f"{path}: {lost[0]} does not fit into float16; store float32")
     with atomic_path(path) as temporary:
         save_file(state, temporary, header)
         sort_header(temporary)

@@ -292,8 +292,8 @@ def _chip(layer: str, verdict: str, count: int = 0) -> str:
     "A word in the colour of what it means, behind its count if there is one."
     words = LAYERS[layer].words
     colour = _COLOURS[words.index(verdict)] if verdict in words else _COLOURS[3]
-    text = f"{count} {_MANY.get(verdict, verdict) if count > 1 else verdict}" if count else verdict
-    return f"<span class=v style='background:{colour}'>{text}</span>"
+    word = _MANY.get(verdict, verdict) if count > 1 else verdict
+    return f"<span class=v style='background:{colour}'>{count or ''} {word}</span>"
 
 # %% ../../nbs/09_report/07_evidence.ipynb #9487dd11
 def next_step(

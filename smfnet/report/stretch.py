@@ -68,7 +68,9 @@ def both_ways(
         parts.append(means.assign(set=place.name, method=name, spanning=spanning, n=n))
     return pd.concat(parts, ignore_index=True)
 
-# %% ../../nbs/09_report/10_stretch.ipynb #acfaf496
+# %% ../../nbs/09_report/10_stretch.ipynb #c8fb7924
+def _ahead(others: pd.Series, own: float) -> int: return 1 + int((others > own).sum())
+
 def rank_changes(
     rows: pd.DataFrame,  # from `both_ways`, of one set
     method: str,  # whose rank
@@ -82,10 +84,10 @@ def rank_changes(
     found = {}
     for metric, part in rows.groupby("metric", sort=False):
         own, others = part[part["method"] == method].iloc[0], part[part["method"] != method]
-        ahead = lambda side, value: 1 + int((others[side] > value).sum())
         found[metric] = {
-            "as they are": ahead("plain", own["plain"]), "alone stretched": ahead("plain", own["stretched"]),
-            "all stretched": ahead("stretched", own["stretched"]), "of": len(part),
+            "as they are": _ahead(others["plain"], own["plain"]),
+            "alone stretched": _ahead(others["plain"], own["stretched"]),
+            "all stretched": _ahead(others["stretched"], own["stretched"]), "of": len(part),
         }
     return pd.DataFrame(found).T.rename_axis("metric")
 

@@ -110,9 +110,7 @@ def kinds():
     yield "bigtiff", ".tif", write_tiff, 16, True, 3, {"bigtiff": True}
 
 
-ALL = [
-    pytest.param(*k[1:], id=f"{k[0]}-{'colour' if k[4] else 'grey'}-{k[3]}-{k[5]}") for k in kinds()
-]
+ALL = [pytest.param(*k[1:], id=f"{k[0]}-{'colour' if k[4] else 'grey'}-{k[3]}-{k[5]}") for k in kinds()]
 
 
 def test_the_product_is_large():
