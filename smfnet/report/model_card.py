@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REQUIRED', 'CARD', 'ROADSCENE_LICENCE', 'PIECES', 'measure_rows', 'beats', 'render_card', 'describe', 'ship',
-           'piece_card', 'registry_entry']
+           'record_phase', 'piece_card', 'half_moves', 'fuse_sets', 'compare_sets', 'registry_entry', 'write_card']
 
 # %% ../../nbs/09_report/02_model_card.ipynb #b8072ab1
 import json
@@ -12,15 +12,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ..core.checks import InputError
-from ..fusion.files import fuse_folder
-from ..data.matching import find_source
-from ..metrics import evaluate_folder
+from ..fusion.baselines import BASELINES
+from ..fusion.files import fuse_folder, fuse_pair, ready_model
+from ..data.images import LUMA
+from ..data.matching import find_pairs, find_source
+from ..metrics import evaluate, evaluate_folder
+from ..metrics.files import read_gray
 from ..core.download import git_blob
 from ..core.provenance import atomic_path, provenance, sha256, write_json
-from .tables import to_markdown
+from smfnet.report.study import (
+    SetFolders, expected_images, measure_set, method_folders, summarise_sets
+)
+from .tables import SAVED, as_printed, compare_set, to_markdown
 from ..training.trainer import Trainer
 
 # %% ../../nbs/09_report/02_model_card.ipynb #c6153e1d
@@ -157,6 +164,20 @@ def ship(
     tables = {k: t.to_dict("index") for k, t in rows.items()}
     write_json(results, {"facts": facts, "rows": tables, "provenance": record})
 
+# %% ../../nbs/09_report/02_model_card.ipynb #91e04d76
+def record_phase(
+    trainer: Trainer,  # that has ended
+    params: Mapping,  # of the notebook that ran it
+    data: str | Path,  # folder that it trained on
+) -> pd.DataFrame:  # its validations, a row each
+    "Write phase.json, what made the weights of a phase, beside its log."
+    lines = map(json.loads, trainer.log.read_text(encoding="utf-8").splitlines())
+    curve = [line for line in lines if line["kind"] == "validation"]
+    record = provenance(params=params, inputs=[data], seed=trainer.seed)
+    made = {**record, "seconds": round(trainer.progress.seconds), "curve": curve}
+    write_json(trainer.folder / "phase.json", made)
+    return pd.DataFrame(curve)
+
 # %% ../../nbs/09_report/02_model_card.ipynb #a1b799d3
 PIECES = """# {name}
 
@@ -230,6 +251,63 @@ def piece_card(
         tables="\n".join(f"### {s}\n\n{to_markdown(t)}" for s, t in tables.items()),
     )
 
+# %% ../../nbs/09_report/02_model_card.ipynb #5fc8a723
+def half_moves(
+    whole: str | Path,  # weights file, float32
+    half: str | Path,  # the same in float16
+    places: Sequence[SetFolders],  # test sets
+    few: int = 3,  # pairs of each set
+) -> float:  # largest change of a metric's mean
+    "How far float16 moves the mean of a metric on the first pairs of some sets."
+    means = []
+    for weights in (whole, half):
+        model, rows = ready_model(weights, "cpu"), []
+        for place in places:
+            for pair in find_pairs(ir=place.ir, vis=place.vis).pairs[:few]:
+                fused = fuse_pair(ir=pair.ir, vis=pair.vis, model=model)
+                luma = fused @ np.array(LUMA) if fused.ndim == 3 else fused
+                sources = {side: read_gray(getattr(pair, side)) for side in ("ir", "vis")}
+                rows.append(evaluate(fused=np.rint(luma), **sources))
+        means.append(pd.DataFrame(rows).mean())
+    return float((means[0] - means[1]).abs().max())
+
+# %% ../../nbs/09_report/02_model_card.ipynb #519e0820
+def fuse_sets(
+    places: Sequence[SetFolders],  # test sets
+    networks: Mapping[str, object],  # method -> network; their images are saved stretched too
+    out: str | Path,  # receives <set>/<method>/
+) -> None:
+    "Fuse sets by networks and trivial methods; `InputError` for a bad pair."
+    for place in places:
+        for method, model in {**networks, **BASELINES}.items():
+            target = Path(out, place.name, method)
+            wide = target.with_name(f"{method}{SAVED}") if method in networks else None
+            sources = {"ir": place.ir, "vis": place.vis}
+            done = fuse_folder(**sources, out=target, stretched=wide, model=model, skip_existing=True)
+            if done.problems:
+                raise InputError("; ".join(done.problems.values()))
+
+# %% ../../nbs/09_report/02_model_card.ipynb #c04fb491
+def compare_sets(
+    places: Sequence[SetFolders],  # test sets
+    fused: str | Path,  # folder with <set>/<method>/ of `fuse_sets`
+    others: str | Path,  # the same of other methods; "" for none
+    published: pd.DataFrame,  # printed rows
+    whose: Mapping[str, str],  # network -> whose it is
+    workers: int = 1,  # processes that measure
+) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:  # all rows; set -> table of `compare_set`
+    "Measure every method of every set, and hold the rows against the printed ones."
+    tables = {}
+    for place in places:
+        folders = method_folders(place.name, fused=fused, others=others)
+        measured = measure_set(place, folders, workers=workers)
+        tables |= {(place.name, method): table for method, table in measured.items()}
+    summary = summarise_sets(tables).reset_index()
+    rows, notes = as_printed(summary, whose)
+    names = [place.name for place in places]
+    compared = {s: compare_set(published, rows, s, expected=expected_images(s), notes=notes) for s in names}
+    return summary, compared
+
 # %% ../../nbs/09_report/02_model_card.ipynb #b5ef457c
 def registry_entry(
     registry: str | Path,  # weights.json
@@ -253,3 +331,23 @@ def registry_entry(
     stored["weights"] = {**stored["weights"], name: entry}
     with atomic_path(Path(registry)) as part:
         part.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+# %% ../../nbs/09_report/02_model_card.ipynb #0018f915
+def write_card(
+    stored: str | Path,  # weights file
+    package: str | Path,  # receives <name>.safetensors and <name>.md
+    registry: str | Path,  # weights.json, receives the entry
+    *,
+    facts: Mapping,  # of `piece_card`, without reached
+    phases: Sequence[Mapping],  # phase.json of each, in order
+    tables: Mapping[str, pd.DataFrame],  # set -> table of `compare_set`
+) -> dict[str, str]:  # set -> columns that reach the printed row
+    "Install weights with their card and their entry, and say how many printed columns they reach."
+    own = {s: t[(t["method"] == "ours") & t["difference"].notna()]["difference"] for s, t in tables.items()}
+    reached = {s: f"{(d >= 0).sum()} of {len(d)}" for s, d in own.items()}
+    card = piece_card({**facts, "reached": reached}, phases, tables)
+    final = Path(package, f"{facts['name']}.safetensors")
+    with atomic_path(final) as part: part.write_bytes(Path(stored).read_bytes())
+    with atomic_path(final.with_suffix(".md")) as part: part.write_text(card, encoding="utf-8")
+    registry_entry(registry, facts["name"], final, phases)
+    return reached
