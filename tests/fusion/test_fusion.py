@@ -229,10 +229,33 @@ def test_sources_are_never_overwritten(pairs):
     for out in ("ir", "vi"):
         with pytest.raises(InputError, match="source"):
             run(pairs, out=out)
-    for out in (pairs / "vi", pairs / "vi/a.png"):
+    for out in (pairs / "vi", pairs / "vi/a.png", pairs / "ir", pairs / "ir/a.png"):
         with pytest.raises(InputError, match="source image"):
             fuse_pair(ir=pairs / "ir/a.png", vis=pairs / "vi/a.png", out=out, model=Average())
     assert {p: p.read_bytes() for p in pairs.rglob("*.png")} == listing
+
+
+@pytest.mark.parametrize("side", ["ir", "vi"])
+@pytest.mark.parametrize("given", [("ir/a.png", "vi/a.png"), ("ir/a.png", "vi"), ("ir", "vi/a.png"), ("ir", "vi")])
+@pytest.mark.parametrize("option", ["out", "stretched"])
+def test_no_folder_of_a_source_receives_an_image_of_its_name(pairs, side, given, option):
+    """Neither the image nor the stretched one, whether a side was given as a file or as a folder."""
+    listing = {p: p.read_bytes() for p in pairs.rglob("*.png")}
+    places = {"out": pairs / "out", option: pairs / side}
+    try:
+        report = fuse_folder(ir=pairs / given[0], vis=pairs / given[1], model=Average(), progress=False, **places)
+    except InputError as e:
+        assert "is a source folder" in str(e)
+    else:
+        assert list(report.problems) == ["a"] and "is a source image" in report.problems["a"]
+    assert {p: p.read_bytes() for p in pairs.rglob("*.png")} == listing
+
+
+def test_a_missing_source_is_named_whatever_lies_at_the_target(pairs):
+    for out in (pairs / "new.png", save(pairs / "old.png", noise(8, 8))):
+        for files in ({"ir": "gone.png", "vis": "vi/a.png"}, {"ir": "ir/a.png", "vis": "gone.png"}):
+            with pytest.raises(InputError, match="gone.png: no such file"):
+                fuse_pair(**{side: pairs / name for side, name in files.items()}, out=out, model=Average())
 
 
 def test_arguments_are_checked_before_the_first_pair(pairs):
