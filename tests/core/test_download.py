@@ -58,7 +58,10 @@ def test_every_proof_that_is_known_is_asked_for(site, tmp_path, proof):
 
 def test_a_known_length_bounds_what_is_read(site, tmp_path):
     """A byte too many is refused before the end of the answer, as is a byte too few after it."""
-    for size, reason in ((len(CONTENT) - 1, "sends more than"), (len(CONTENT) + 1, "not what the registry knows")):
+    for size, reason in (
+        (len(CONTENT) - 1, "sends more than"),
+        (len(CONTENT) + 1, "not what the registry knows"),
+    ):
         with pytest.raises(InputError, match=reason):
             fetch(known(site, bytes=size), tmp_path, pause=0.01)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""What is damaged without a change of length, or changed without being damaged: on either side, and on both."""
+"""What is damaged at an unchanged length, or changed without being damaged: on either side, and on both."""
 
 import shutil
 
@@ -70,7 +70,10 @@ def test_verify_and_coverage_count_by_content(plain, tmp_path, sides, damage):
 @damages
 def test_get_and_add_mend_an_installed_split(plain, site, tmp_path, sides, damage):  # noqa: F811
     """And nothing else is fetched or touched."""
-    for mend in (lambda: fetch(plain, site, tmp_path), lambda: add(plain, tmp_path / "home", root=tmp_path / "data")):
+    for mend in (
+        lambda: fetch(plain, site, tmp_path),
+        lambda: add(plain, tmp_path / "home", root=tmp_path / "data"),
+    ):
         for name in names(sides):
             damage(tmp_path / "data" / name)
         before = {p: p.stat().st_mtime_ns for p in (tmp_path / "data").rglob("*.png")}
@@ -94,7 +97,9 @@ def test_a_server_that_changes_a_bit(plain, site, tmp_path, sides):  # noqa: F81
 def test_a_damaged_source_is_not_installed(plain, tmp_path, sides, damage):
     for name in names(sides):
         damage(tmp_path / "home" / name)
-    with pytest.raises(InputError, match=f"only {6 - len(sides)} of 6 files are there; missing {sides[0]}/1.png"):
+    with pytest.raises(
+        InputError, match=f"only {6 - len(sides)} of 6 files are there; missing {sides[0]}/1.png"
+    ):
         add(plain, tmp_path / "home", root=tmp_path / "new")
     assert not files_below(tmp_path / "new")
 
@@ -156,7 +161,9 @@ def test_a_hole_in_a_set_without_checksums(tmp_path, sides):
     assert state() == "damaged"
 
 
-@pytest.mark.parametrize("damage", [flip, lambda p: p.write_bytes(b"x"), lambda p: png(p, np.zeros((8, 8), np.uint8))])
+@pytest.mark.parametrize(
+    "damage", [flip, lambda p: p.write_bytes(b"x"), lambda p: png(p, np.zeros((8, 8), np.uint8))]
+)
 @pytest.mark.parametrize("sides", [("Ir",), ("Vis",), ("Ir", "Vis")], ids="+".join)
 def test_damage_in_a_set_without_checksums(tmp_path, sides, damage):
     """A damaged file is named; a smaller picture is no partner, unless both are smaller."""

@@ -236,14 +236,18 @@ def test_sources_are_never_overwritten(pairs):
 
 
 @pytest.mark.parametrize("side", ["ir", "vi"])
-@pytest.mark.parametrize("given", [("ir/a.png", "vi/a.png"), ("ir/a.png", "vi"), ("ir", "vi/a.png"), ("ir", "vi")])
+@pytest.mark.parametrize(
+    "given", [("ir/a.png", "vi/a.png"), ("ir/a.png", "vi"), ("ir", "vi/a.png"), ("ir", "vi")]
+)
 @pytest.mark.parametrize("option", ["out", "stretched"])
 def test_no_folder_of_a_source_receives_an_image_of_its_name(pairs, side, given, option):
     """Neither the image nor the stretched one, whether a side was given as a file or as a folder."""
     listing = {p: p.read_bytes() for p in pairs.rglob("*.png")}
     places = {"out": pairs / "out", option: pairs / side}
     try:
-        report = fuse_folder(ir=pairs / given[0], vis=pairs / given[1], model=Average(), progress=False, **places)
+        report = fuse_folder(
+            ir=pairs / given[0], vis=pairs / given[1], model=Average(), progress=False, **places
+        )
     except InputError as e:
         assert "is a source folder" in str(e)
     else:

@@ -1,4 +1,4 @@
-"""A set that was measured in part, or whose size nobody knows, never reproduces a claim, alone or among whole ones."""
+"""A set that was measured in part, or whose size nobody knows, never reproduces a claim."""
 
 import pandas as pd
 import pytest
@@ -83,7 +83,9 @@ def test_an_ablation_is_whole_with_exactly_its_images(published):  # noqa: F811
     for n, whole in ((24, False), (25, True), (26, False)):
         rows = [
             {**facts, "config": c, "seed": seed, "stem": f"{i}", "value": 7.0}
-            for c in ("ours", "inn") for seed in (0, 1) for i in range(n)
+            for c in ("ours", "inn")
+            for seed in (0, 1)
+            for i in range(n)
         ]
         found = ablation_rows(pd.DataFrame(rows), published=published, expected=expected_images)
         assert found["complete_set"].tolist() == [whole, whole]
