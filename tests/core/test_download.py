@@ -64,7 +64,7 @@ def test_a_known_length_bounds_what_is_read(site, tmp_path):
     ):
         with pytest.raises(InputError, match=reason):
             fetch(known(site, bytes=size), tmp_path, pause=0.01)
-    assert not list(tmp_path.iterdir())
+        assert not list(tmp_path.iterdir())  # nor a half of something else
 
 
 @pytest.mark.parametrize("attempts", [0, -1])
@@ -72,3 +72,13 @@ def test_no_attempt_is_no_success(site, tmp_path, attempts):
     with pytest.raises(InputError, match="allow at least one"):
         fetch(known(site), tmp_path, attempts=attempts)
     assert not site.visits
+
+
+def test_pauses_grow(site, tmp_path, monkeypatch):
+    """One between two attempts, none after the last."""
+    pauses = []
+    monkeypatch.setattr(download.time, "sleep", pauses.append)
+    site.mood = lambda path, visit: 503
+    with pytest.raises(InputError, match=r"503 .*\(4 attempts\)"):
+        fetch(known(site), tmp_path, attempts=4, pause=5)
+    assert pauses == [5, 10, 15]
