@@ -89,3 +89,15 @@ def test_an_ablation_is_whole_with_exactly_its_images(published):  # noqa: F811
         ]
         found = ablation_rows(pd.DataFrame(rows), published=published, expected=expected_images)
         assert found["complete_set"].tolist() == [whole, whole]
+
+
+@PARTS
+def test_a_part_of_another_set_matters_to_nobody(claims, published, complete):  # noqa: F811
+    """Claims on RoadScene alone are judged as if the other sets were whole, and say nothing else."""
+    rows = measured_like_print(published)
+    about = claims[(claims["sets"] == "RoadScene") & claims["kind"].isin(["rank", "ablation"])]
+    found, whole = (
+        judged(about, published, some, "our weights")
+        for some in (cut(rows, rows["set"] != "RoadScene", complete), rows)
+    )
+    assert (whole["verdict"] == "reproduced").sum() > 2 and found.equals(whole)
