@@ -58,4 +58,4 @@ class Site:
         self.mood = lambda path, visit: None
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, site=self))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()  # quick to end
