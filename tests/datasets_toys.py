@@ -1,5 +1,6 @@
 """Small data sets and folders that the tests of data sets share."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -20,8 +21,9 @@ def real():
     return Path(folder)
 
 
+@functools.cache  # drawing takes longer than most tests; nobody changes what is drawn
 def scenes(n=3, seed=0):
-    return list(render_set(n, seed=seed, size=(64, 80)))
+    return tuple(render_set(n, seed=seed, size=(64, 80)))
 
 
 def png(path: Path, image: np.ndarray) -> None:

@@ -23,7 +23,7 @@ class Handler(SimpleHTTPRequestHandler):
         with self.site.lock:
             visit = self.site.visits[path] = self.site.visits.get(path, 0) + 1
         mood = self.site.mood(path, visit)
-        if mood in (404, 403, 503):
+        if mood in (404, 403, 429, 503):
             return self.send_error(mood)
         body, start = self.site.read(path), 0
         if self.site.continues and (wanted := self.headers.get("Range")):
@@ -58,4 +58,4 @@ class Site:
         self.mood = lambda path, visit: None
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, site=self))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()  # quick to end

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,12 +92,25 @@ def _download(known: Published, url: str, output_file, timeout: float) -> None:
             out.seek(size)
             _copy(known, answer, out, size, timeout)
 
+# %% ../../nbs/00_core/08_download.ipynb #f2984cd2
+def _blocks(answer) -> Iterator[bytes]:
+    "The content of an answer as it arrives: waiting for a full block would leave a trickle unmeasured."
+    import requests
+    import urllib3
+    read = getattr(answer.raw, "read1", answer.raw.read)  # urllib3 before 2.2 has no `read1`
+    while True:
+        try: block = read(1 << 12)
+        except urllib3.exceptions.HTTPError as e:
+            raise requests.exceptions.ConnectionError(e) from e
+        if not block: return
+        yield block
+
 # %% ../../nbs/00_core/08_download.ipynb #418e0dad
 def _copy(known: Published, answer, out, size: int, timeout: float) -> None:
     "Write the blocks of an answer behind the first `size` bytes; exceptions for too much and too slow."
     import requests
     start, before, most = time.monotonic(), size, known.bytes or LARGEST
-    for block in answer.iter_content(1 << 12):
+    for block in _blocks(answer):
         size += len(block)
         if size > most:
             raise ValueError(f"sends more than {most} bytes")

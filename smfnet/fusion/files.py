@@ -133,12 +133,13 @@ def _target(out: str | Path, stem: str) -> Path:
     return out
 
 # %% ../../nbs/06_fusion/03_files.ipynb #c9a80b3e
-def _guard(target: Path, pair: Pair) -> None:
-    for source in (pair.ir, pair.vis):
-        if target.exists() and os.path.samefile(target, source):
-            raise InputError(
-                f"{target}: is a source image and would be overwritten; choose another output folder"
-            )
+def _guard(target: Path, pair: Pair, beside: Path | None = None) -> None:
+    "`InputError` if the image, or the stretched one in the folder `beside`, would replace a source."
+    for path in (target, *([] if beside is None else [beside / target.name])):
+        for source in (pair.ir, pair.vis):
+            if path.exists() and source.exists() and os.path.samefile(path, source):
+                problem = f"{path}: is a source image and would be overwritten"
+                raise InputError(f"{problem}; choose another output folder")
 
 # %% ../../nbs/06_fusion/03_files.ipynb #1aa03e98
 @dataclass(frozen=True)
@@ -302,7 +303,7 @@ def _fuse_into(
     target = _target(report.out, pair.stem)
     target = there.get(same_name(target), target)
     try:
-        _guard(target, pair)
+        _guard(target, pair, how.stretched)
         if skip_existing and target.is_file(): return report.skipped.append(target)
         _fuse_files(model, pair, target, log, how)
         report.written.append(target)

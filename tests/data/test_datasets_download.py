@@ -46,6 +46,7 @@ def fetch(toy, site, tmp_path, **options):  # noqa: F811
         ("unsized", "not what the registry knows"),
         ("page", "not what the registry knows"),
         (404, "404"),
+        (429, "429"),
         (503, "503"),
     ],
 )
@@ -65,7 +66,7 @@ def test_a_server_that_fails_for_good(toy, site, tmp_path, mood, says):  # noqa:
     assert verify(toy, root=tmp_path / "data").ok and not (tmp_path / "data" / STAGE).exists()
 
 
-@pytest.mark.parametrize("mood", ["cut", "stall", "corrupt", 503])
+@pytest.mark.parametrize("mood", ["cut", "stall", "corrupt", 429, 503])
 def test_a_server_that_fails_at_first(toy, site, tmp_path, mood):  # noqa: F811
     site.mood = lambda path, visit: mood if visit == 1 and path.endswith("0.png") else None
     assert len(fetch(toy, site, tmp_path).installed) == 2

@@ -23,11 +23,12 @@ SHAPE = (48, 64)
 TURN = {  # how a viewer brings stored samples upright, written out once more
     1: lambda v: v,
     3: lambda v: np.rot90(v, 2),
+    5: lambda v: np.swapaxes(v, 0, 1),
     6: lambda v: np.rot90(v, 3),
     7: lambda v: np.flip(np.swapaxes(v, 0, 1), (0, 1)),
     8: lambda v: np.rot90(v),
 }
-BACK = {1: 1, 3: 3, 6: 8, 7: 7, 8: 6}  # the orientation that undoes one
+BACK = {1: 1, 3: 3, 5: 5, 6: 8, 7: 7, 8: 6}  # the orientation that undoes one
 
 
 def scene(bits, colour, seed=0):

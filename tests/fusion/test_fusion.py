@@ -135,61 +135,64 @@ def test_a_folder_run_writes_every_pair(pairs):
     assert "3 of 3" in report.summary()
 
 
-def spoil(root: Path, kind: str) -> str:
-    "Add one bad pair called z; return a word its report must contain."
-    ir, vis = root / "ir/z.png", root / "vi/z.png"
-    save(ir, noise(20, 24)), save(vis, noise(20, 24, seed=3))
-    if kind == "size":
-        save(vis, noise(24, 20))
-    elif kind == "small":
-        save(ir, noise(15, 24)), save(vis, noise(15, 24))
-    elif kind == "no infrared":
-        ir.unlink()
-    elif kind == "no visible":
-        vis.unlink()
-    elif kind == "twice":
-        save(root / "vi/z.bmp", noise(20, 24))
-    elif kind == "truncated":
-        ir.write_bytes(ir.read_bytes()[:300])
-    elif kind == "not a readable":
-        vis.write_bytes(b"<html>404</html>")
-    elif kind == "NaN":
-        ir.unlink()
-        save(root / "ir/z.tif", np.where(np.eye(20, 24), np.nan, noise(20, 24)).astype(np.float32))
-    elif kind == "same value":
-        save(ir, np.full((20, 24), 50, np.uint8))
-    return {"size": "differ in size", "small": "too small"}.get(kind, kind)
+def spoil(root: Path, kind: str, *sides: str) -> None:
+    "Add one pair called z that is bad on some sides."
+    for seed, side in enumerate(("ir", "vi")):
+        save(root / side / "z.png", noise(20, 24, seed=seed))
+    for path in (root / side / "z.png" for side in sides):
+        if kind == "differ in size":
+            save(path, noise(24, 20))
+        elif kind == "too small":
+            save(path, noise(15, 24))
+        elif kind.startswith("no "):
+            path.unlink()
+        elif kind == "same name twice":
+            save(path.with_suffix(".bmp"), noise(20, 24))
+        elif kind == "truncated":
+            path.write_bytes(path.read_bytes()[:300])
+        elif kind == "not a readable":
+            path.write_bytes(b"<html>404</html>")
+        elif kind == "NaN":
+            path.unlink()
+            save(path.with_suffix(".tif"), np.where(np.eye(20, 24), np.nan, noise(20, 24)).astype(np.float32))
+        elif kind == "same value":
+            save(path, np.full((20, 24), 50, np.uint8))
 
 
 @pytest.mark.parametrize(
-    "kind",
+    ("kind", "sides"),
     [
-        "size",
-        "small",
-        "no infrared",
-        "no visible",
-        "twice",
-        "truncated",
-        "not a readable",
-        "NaN",
-        "same value",
+        ("too small", ("ir", "vi")),
+        ("no infrared partner", ("ir",)),
+        ("no visible partner", ("vi",)),
+        ("differ in size", ("ir",)),
+        ("differ in size", ("vi",)),
+        *(
+            (kind, sides)
+            for kind in ("same name twice", "truncated", "not a readable", "NaN", "same value")
+            for sides in (("ir",), ("vi",), ("ir", "vi"))
+        ),
     ],
 )
-def test_one_bad_pair_does_not_stop_the_others(pairs, kind):
-    word = spoil(pairs, kind)
+def test_one_bad_pair_does_not_stop_the_others(pairs, kind, sides):
+    spoil(pairs, kind, *sides)
     report = run(pairs)
     assert [p.name for p in report.written] == ["a.png", "b.png", "c.png"] and not report.ok
-    assert list(report.problems) == ["z"] and word in report.problems["z"] and "z." in report.problems["z"]
-    assert "could not be fused" in report.summary() and word in report.summary()
+    assert list(report.problems) == ["z"] and kind in report.problems["z"] and "z." in report.problems["z"]
+    named = [side for side in ("ir", "vi") if str(pairs / side / "z.") in report.problems["z"]]
+    if kind in ("truncated", "not a readable", "NaN", "same name twice", "same value"):
+        assert named and set(named) <= set(sides)  # no side is blamed for the other
+    assert "could not be fused" in report.summary() and kind in report.summary()
     assert sorted(os.listdir(pairs / "out")) == ["a.png", "b.png", "c.png"]
 
 
-@pytest.mark.parametrize("kind", ["size", "truncated", "same value"])
-def test_an_older_result_outlives_a_failure(pairs, kind):
+@pytest.mark.parametrize("kind", ["differ in size", "truncated", "same value"])
+@pytest.mark.parametrize("side", ["ir", "vi"])
+def test_an_older_result_outlives_a_failure(pairs, kind, side):
     save(pairs / "out/z.png", noise(20, 24))
     before = (pairs / "out/z.png").read_bytes()
-    spoil(pairs, kind)
-    run(pairs)
+    spoil(pairs, kind, side)
+    assert list(run(pairs).problems) == ["z"]
     assert (pairs / "out/z.png").read_bytes() == before
 
 
@@ -229,10 +232,37 @@ def test_sources_are_never_overwritten(pairs):
     for out in ("ir", "vi"):
         with pytest.raises(InputError, match="source"):
             run(pairs, out=out)
-    for out in (pairs / "vi", pairs / "vi/a.png"):
+    for out in (pairs / "vi", pairs / "vi/a.png", pairs / "ir", pairs / "ir/a.png"):
         with pytest.raises(InputError, match="source image"):
             fuse_pair(ir=pairs / "ir/a.png", vis=pairs / "vi/a.png", out=out, model=Average())
     assert {p: p.read_bytes() for p in pairs.rglob("*.png")} == listing
+
+
+@pytest.mark.parametrize("side", ["ir", "vi"])
+@pytest.mark.parametrize(
+    "given", [("ir/a.png", "vi/a.png"), ("ir/a.png", "vi"), ("ir", "vi/a.png"), ("ir", "vi")]
+)
+@pytest.mark.parametrize("option", ["out", "stretched"])
+def test_no_folder_of_a_source_receives_an_image_of_its_name(pairs, side, given, option):
+    """Neither the image nor the stretched one, whether a side was given as a file or as a folder."""
+    listing = {p: p.read_bytes() for p in pairs.rglob("*.png")}
+    places = {"out": pairs / "out", option: pairs / side}
+    try:
+        report = fuse_folder(
+            ir=pairs / given[0], vis=pairs / given[1], model=Average(), progress=False, **places
+        )
+    except InputError as e:
+        assert "is a source folder" in str(e)
+    else:
+        assert list(report.problems) == ["a"] and "is a source image" in report.problems["a"]
+    assert {p: p.read_bytes() for p in pairs.rglob("*.png")} == listing
+
+
+def test_a_missing_source_is_named_whatever_lies_at_the_target(pairs):
+    for out in (pairs / "new.png", save(pairs / "old.png", noise(8, 8))):
+        for files in ({"ir": "gone.png", "vis": "vi/a.png"}, {"ir": "ir/a.png", "vis": "gone.png"}):
+            with pytest.raises(InputError, match="gone.png: no such file"):
+                fuse_pair(**{side: pairs / name for side, name in files.items()}, out=out, model=Average())
 
 
 def test_arguments_are_checked_before_the_first_pair(pairs):

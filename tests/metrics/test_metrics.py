@@ -491,11 +491,12 @@ def test_folder_errors_name_files(folders, tmp_path):
     (folders["fused"] / "zz.png").rename(folders["fused"] / "02.png")
     Image.fromarray(np.zeros((50, 63), np.uint8)).save(folders["ir"] / "01.png")
     assert "01.png is 63×50" in error()
-    data = (folders["vis"] / "01.png").read_bytes()
     Image.fromarray(triple(1, 50, 64)[1].astype(np.uint8)).save(folders["ir"] / "01.png")
-    (folders["vis"] / "01.png").write_bytes(data[: len(data) // 2])
-    assert "01.png" in error()
-    (folders["vis"] / "01.png").write_bytes(data)
+    for folder in folders.values():
+        data = (folder / "01.png").read_bytes()
+        (folder / "01.png").write_bytes(data[: len(data) // 2])
+        assert f"{folder / '01.png'}: " in error()
+        (folder / "01.png").write_bytes(data)
     for path in folders["ir"].iterdir():
         path.unlink()
     assert "holds no image" in error()
