@@ -299,7 +299,7 @@ def _meaning(away: float, exact: bool) -> str:
     "What a relative difference says about the images at hand."
     if exact: return "the printed row, to its last digit: these images, this protocol"
     if away <= 0.001: return "the same row but for rounding"
-    if away <= 0.02: return "the same protocol; images of another run of the method"
+    if away <= 0.03: return "the same protocol; images of another run of the method"
     return "other images than those that were measured for the paper"
 
 # %% ../../nbs/09_report/04_tables.ipynb #268f638b
