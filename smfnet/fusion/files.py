@@ -309,6 +309,14 @@ def _fuse_into(
         report.written.append(target)
     except InputError as e: report.problems[pair.stem] = str(e)
 
+# %% ../../nbs/06_fusion/03_files.ipynb #f60280e2
+def _beside(stretched: str | Path, out: Path, found: Pairs, sources: tuple) -> Path:
+    "The folder of stretched images, which is no source and not that of the plain ones."
+    folder = _prepare(stretched, found, sources)
+    if os.path.samefile(folder, out if out.is_dir() else out.parent):
+        raise InputError(f"{folder}: receives the plain images; choose another folder for the stretched ones")
+    return folder
+
 # %% ../../nbs/06_fusion/03_files.ipynb #58c36e2e
 def fuse_folder(
     *,
@@ -330,7 +338,7 @@ def fuse_folder(
     "Fuse all pairs of two folders, matched by stem; bad pairs are reported, bad arguments are `InputError`s."
     found = find_pairs(ir=ir, vis=vis, names=names, recursive=recursive)
     report = FusionReport(_place(out, found, (ir, vis)), problems=dict(found.problems))
-    beside = None if stretched is None else _prepare(stretched, found, (ir, vis))
+    beside = None if stretched is None else _beside(stretched, report.out, found, (ir, vis))
     how = Reading(range=range, vis_range=vis_range, stretch=stretch, stretched=beside)
     if vis_range is None: how = replace(how, vis_range=_one_white(found))
     there = _spellings(report.out, recursive)
