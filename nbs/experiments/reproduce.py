@@ -18,8 +18,10 @@ from stages import check_parameters, fingerprint, hold, parameters
 from smfnet.core.checks import InputError, user_path
 from smfnet.core.command import run_command
 from smfnet.core.provenance import sha256
+from smfnet.fusion.baselines import BASELINES
 from smfnet.fusion.model_zoo import is_registered, weights_file
 from smfnet.report.page import StageRecord, write_report
+from smfnet.report.tables import AS_FUSED, SAVED, name_key
 
 EXPERIMENTS = "nbs/experiments"
 LOCK = ".snakemake/reproduction"
@@ -62,6 +64,20 @@ def named_weights(text: str) -> dict[str, str]:
     return found
 
 
+def methods_of(weights: dict[str, str], published: str = "data/published/table1.csv") -> dict[str, str]:
+    """What each network is called: the first `ours`, others by their files; `InputError` for a taken name."""
+    printed = {line.split(",")[2] for line in Path(published).read_text(encoding="utf-8").splitlines()[1:]}
+    taken, found = {name_key(m) for m in (*BASELINES, *printed, "ours", "ours-medical")}, {}
+    for name in weights:
+        method = Path(name).stem if found else "ours"
+        odd = method.startswith(".") or method.endswith((SAVED, AS_FUSED)) or name_key(method) in taken
+        if found and odd:
+            raise InputError(f"{name}: its rows would be called {method!r}, which is taken; rename the file")
+        taken.add(name_key(method))
+        found[method] = name
+    return found
+
+
 class Plan:
     """The stages of one configuration: what is passed to each notebook, and what it reads for that reason."""
 
@@ -89,10 +105,12 @@ class Plan:
         self.data = Path(os.path.relpath(data)).as_posix() if data else ""
         more = more if data else {}
         self.config = {k: {**(config.get(k) or {}), **(more.get(k) or {})} for k in [*config, *more]}
-        for method, name in zip(["ours", *(Path(n).stem for n in [*self.weights][1:])], self.weights):
+        for method, name in methods_of(self.weights).items() if self.weights else ():
             fuse = self.config.setdefault("fuse", {})
             if method == "ours":
                 fuse["weights"] = name
+                for table in ("table1", "table4"):  # whose network it is, is read from its weights now
+                    self.config.get(table, {}).pop("notes", None)
             else:
                 fuse["models"] = {**fuse.get("models", {}), method: name}
 
@@ -115,8 +133,9 @@ class Plan:
     def inputs(self, values: dict) -> tuple[list[str], list[str]]:
         """Files that parameters name, those of other stages too; and folders that no stage makes."""
         files, folders = [], []
+        weights = {t for n in ("weights", "models", "init") for t in texts(values.get(n, ""))}
         for text in dict.fromkeys(t for n, v in values.items() if n not in OWN for t in texts(v) if t):
-            if text in self.weights:
+            if text in self.weights and text in weights:
                 files.append(self.weights[text])
             elif text.startswith("runs/"):
                 for path in self.matching(text) if "*" in text else [text]:

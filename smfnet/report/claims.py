@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'CLAIM_COLUMNS', 'MEASURED', 'PAIRED', 'OWN_MACHINE', 'load_claims', 'check_measured', 'Judgement',
-           'judge_count', 'judge_claim', 'judge_print', 'measured_rows', 'ablation_rows']
+           'judge_count', 'cells_in_words', 'judge_claim', 'judge_print', 'measured_rows', 'ablation_rows']
 
 # %% ../../nbs/09_report/06_claims.ipynb #ecbd9b2c
 from collections.abc import Callable, Mapping
@@ -226,7 +226,10 @@ def judge_count(
                      f"{claim['sets']}: {n} pairs, {target} in the paper")
 
 # %% ../../nbs/09_report/06_claims.ipynb #6c4f84a5
-def _words(cells: pd.DataFrame, *reasons: str) -> str:
+def cells_in_words(
+    cells: pd.DataFrame,  # of `smfnet.report.published.claim_cells`
+    *reasons: str,  # why cells are open; empty ones do not count
+) -> str:
     "In how many cells a claim holds, and why others are open."
     held, open_ = (sum(c is x for c in cells["holds"]) for x in (True, None))
     left = f", {open_} open" if open_ else ""
@@ -239,7 +242,7 @@ def _ablation(claim: Mapping, measured: pd.DataFrame) -> Judgement:
     cells, parts = _ablation_cells(claim, measured), _parts(_own(claim, measured))
     if cells["difference"].isna().all(): return _NOTHING
     holds = None if parts else claim_holds(claim, cells)
-    why = _words(cells, _why_open(cells) if holds is None else "", *parts)
+    why = cells_in_words(cells, _why_open(cells) if holds is None else "", *parts)
     return Judgement(holds, why, _ablation_words(claim, cells))
 
 def _rank(claim: Mapping, measured: pd.DataFrame, published: pd.DataFrame) -> Judgement:
@@ -251,7 +254,7 @@ def _rank(claim: Mapping, measured: pd.DataFrame, published: pd.DataFrame) -> Ju
     shows = describe_cells(found) + _close(claim, cells, measured) + _above(claim, cells, measured)
     lacking = found.loc[found["value"].isna(), "set"].unique()
     absent = f"not measured on {', '.join(lacking)}" if len(lacking) else ""
-    return Judgement(holds, _words(cells, *few, absent, *_parts(_own(claim, measured))), shows)
+    return Judgement(holds, cells_in_words(cells, *few, absent, *_parts(_own(claim, measured))), shows)
 
 # %% ../../nbs/09_report/06_claims.ipynb #d450b755
 def judge_claim(
@@ -275,7 +278,7 @@ def judge_print(
     cells = claim_cells(claim, printed)
     absent = ", ".join(dict.fromkeys(cells.loc[cells["value"].isna(), "metric"]))
     lacking = f"Table {claim['table']} does not print {absent}" if absent else ""
-    return Judgement(claim_holds(claim, cells), _words(cells, lacking), describe_cells(cells))
+    return Judgement(claim_holds(claim, cells), cells_in_words(cells, lacking), describe_cells(cells))
 
 # %% ../../nbs/09_report/06_claims.ipynb #3d4ded34
 def _complete(rows: pd.DataFrame, images: pd.Series, expected: Callable[[str], int | None]) -> pd.Series:

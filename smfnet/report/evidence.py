@@ -21,9 +21,13 @@ from ..training.ablations import conditions
 from ..training.recipes import recipe
 from ..core.checks import InputError
 from ..core.provenance import atomic_path
-from ..fusion.model_zoo import Weights, find_weights, identify, is_registered, replacement, zoo
+from ..fusion.model_zoo import REGISTRY, Weights, find_weights, identify, is_registered, zoo
 from ..network.model import PRESETS, read_header
-from .claims import MEASURED, PAIRED, Judgement, judge_claim, judge_count, judge_print
+from .tables import AS_FUSED
+from smfnet.report.claims import (
+    MEASURED, PAIRED, Judgement, cells_in_words, judge_claim, judge_count, judge_print
+)
+from .published import claim_cells, claim_holds, describe_cells
 
 # %% ../../nbs/09_report/07_evidence.ipynb #4ccf7b6c
 class Layer(NamedTuple):
@@ -68,8 +72,8 @@ def adds(
     layer: str,  # a key of `LAYERS`
 ) -> str:  # for a shell
     "The command that adds a layer to a report."
-    shipped = layer == "our weights" and any(_is_ours(w) for w in zoo().values())
-    return f"{_RUN} WEIGHTS=paper" if shipped else LAYERS[layer].adds
+    ours = [name for name, w in zoo().items() if layer == "our weights" and _is_ours(w)]
+    return f"{_RUN} WEIGHTS={ours[0]}" if ours else LAYERS[layer].adds
 
 def _is_ours(w: Weights) -> bool:
     "Whether registered weights are of the paper's size and trained by this project."
@@ -90,6 +94,7 @@ def _unlike_paper(header: Mapping[str, str], params: Mapping, stage: str) -> lis
     found = [f"{k} {header[k]}" for k, value in wanted.items() if header[k] != value]
     if header["complete"] != "True": found.append("not trained to the end")
     if params["settings"]: found.append(f"settings of {' and '.join(params['settings'])} changed")
+    if not params.get("sets"): found.append("trained on rendered images")
     if stage == "2":
         before = weights_preset(params["init"], "1") if params["init"] else "none"
         if before != "paper": found.append(f"stage 1: {before}")
@@ -126,9 +131,11 @@ def network_of(
         preset = weights_preset(weights)
         ours = preset == "paper"
         return Network("our weights" if ours else "stand-ins", f"trained here, {preset} preset")
-    if known.origin == "authors": return Network("authors' weights", "authors' weights", replacement(known))
-    if _is_ours(known): return Network("our weights", "our weights of the paper's size")
-    return Network("stand-ins", f"{known.name}, shipped with this project")
+    own = f"weights {known.name!r} are those of {known.registry}, not of the package's registry"
+    remark = own if known.registry != REGISTRY else ""
+    if known.origin == "authors": return Network("authors' weights", "authors' weights", remark)
+    if _is_ours(known): return Network("our weights", "our weights of the paper's size", remark)
+    return Network("stand-ins", f"{known.name}, shipped with this project", remark)
 
 # %% ../../nbs/09_report/07_evidence.ipynb #78ecc32c
 def run_networks(
@@ -171,7 +178,8 @@ def layer_numbers(
     ablation: Mapping[str, pd.DataFrame] | None = None,  # layer -> rows of an ablation
 ) -> dict[str, Numbers]:
     "What each layer has: its first network, called `ours`, one for medical images, and other methods."
-    beside = measured[~measured["method"].map(lambda m: m.removesuffix(" as fused")).isin(networks)]
+    plain = measured["method"].map(lambda m: m.removesuffix(AS_FUSED))
+    beside = measured[~plain.isin({*networks, "ours", "ours-medical"})]
     found: dict[str, dict[str, str]] = {}
     for method, network in networks.items():
         role = "ours-medical" if method == "ours-medical" else "ours"
@@ -194,7 +202,8 @@ def _by_network(claim: Mapping, layer: str, numbers: Numbers, published: pd.Data
     "What the networks of a layer say."
     rows = numbers.of(claim["kind"])
     if claim["kind"] == "qualitative":
-        return Judgement(None, "no number decides it", "see the figures of this run" * bool(len(rows)))
+        own = rows[(rows["method"] == claim["method"]) & rows["set"].isin(claim["sets"].split(";"))]
+        return Judgement(None, "no number decides it", "see the figures of this run" * bool(len(own)))
     said = judge_claim(claim, rows, published)
     if said.shows or layer != "stand-ins" or claim["kind"] != "ablation": return said
     return _on_scenes(claim, rows, published)
@@ -207,14 +216,16 @@ def _by_images(claim: Mapping, measured: pd.DataFrame, published: pd.DataFrame) 
     again = measured[measured["method"].isin(rivals) & measured["complete_set"].eq(True)]
     again = again[again["set"].isin(claim["sets"].split(";"))]
     if not len(again): return Judgement(None, "no image of a rival is at hand", "")
-    own = printed[printed["method"] == claim["method"]].rename(columns={"value": "mean"})
-    tested = own["set"].isin(again["set"])
-    own = own.assign(low=own["mean"], high=own["mean"], n=0, complete_set=tested)
-    said = judge_claim(claim, pd.concat([own[list(MEASURED)], again[list(MEASURED)]]), published)
+    columns = ["set", "method", "metric", "value"]
+    own = printed[printed["method"] == claim["method"]][columns]
+    cells = claim_cells(claim, pd.concat([own, again.rename(columns={"mean": "value"})[columns]]))
     counts = again.groupby("set")["method"].nunique()
+    every = cells["set"].map(counts) == len(rivals)  # only then does a rank among them say that it holds
+    sure = [c if c is False or whole else None for c, whole in zip(cells["holds"], every)]
+    cells = cells.assign(holds=pd.Series(sure, cells.index, dtype=object))
     found = ", ".join(f"{n} of {len(rivals)} rivals on {name}" for name, n in counts.items())
-    parts = [p for p in said.why.split("; ") if p.startswith(("holds in", "not in"))]
-    return said._replace(why="; ".join([*parts, f"measured again: {found}"]))
+    why = cells_in_words(cells, f"measured again: {found}")
+    return Judgement(claim_holds(claim, cells), why, describe_cells(cells))
 
 # %% ../../nbs/09_report/07_evidence.ipynb #e02f9d93
 def _judgement(claim, layer, numbers, *, others, published, expected) -> Judgement:
@@ -300,7 +311,7 @@ def next_step(
     table: pd.DataFrame,  # of `verdicts`
 ) -> tuple[str, str] | None:  # layer, command
     "The first layer without any number, and what adds it."
-    bare = table.groupby("layer", sort=False)["verdict"].agg(lambda x: set(x) == {UNTESTED})
+    bare = table.groupby("layer", sort=False)["verdict"].agg(lambda x: set(x) <= {UNTESTED, LOOK})
     first = next((name for name in LAYERS if bare.get(name)), None)
     return first and (first, adds(first))
 

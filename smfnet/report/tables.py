@@ -190,10 +190,11 @@ def compare_set(
 # %% ../../nbs/09_report/04_tables.ipynb #193cc452
 def as_printed(
     measured: pd.DataFrame,  # rows
-    networks: Mapping[str, str] | None = None,  # method -> whose network it is
+    networks: Mapping[str, str] | None = None,  # method -> whose network it is; None: any may be one
 ) -> tuple[pd.DataFrame, dict[str, str]]:  # rows, and method -> remark
     "Rows as they are held against print: a network's name stands for its images as the release saves them."
-    whole = {m for m in measured["method"] if f"{m}{SAVED}" in set(measured["method"])}
+    there = set(measured["method"])
+    whole = {m for m in there if f"{m}{SAVED}" in there and (networks is None or m in networks)}
     names = {m: f"{m}{AS_FUSED}" for m in whole} | {f"{m}{SAVED}": m for m in whole}
     whose = {m: f"{(networks or {}).get(m, '')}, ".removeprefix(", ") for m in {*whole, *(networks or {})}}
     notes = {m: text.removesuffix(", ") for m, text in whose.items()}

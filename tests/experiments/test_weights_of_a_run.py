@@ -12,11 +12,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 pytest.importorskip("papermill")
 pytest.importorskip("pydantic")
 
+from reproduce import Plan, methods_of
+
+from smfnet.core.checks import InputError
 from smfnet.core.download import git_blob
 from smfnet.fusion.model_zoo import as_entry, find_weights
 
@@ -114,3 +118,35 @@ def test_unknown_weights_are_refused_before_anything_runs(project, sets, tmp_pat
     for weights, words in (("relesed", "relesed"), (str(tmp_path / "none.pth"), "no such weights file")):
         refused = run(project, sets, weights)
         assert refused.returncode == 2 and words in refused.stderr and not (project / "runs").exists()
+
+
+@pytest.mark.parametrize("taken", ["ours", "average", "DIDFuse", "smfnet", "ours as saved", ".hidden"])
+def test_a_second_network_has_a_name_of_its_own(tmp_path, taken):
+    """Its rows would be those of another method."""
+    file = tmp_path / f"{taken}.safetensors"
+    file.write_bytes(b"weights")
+    with pytest.raises(InputError, match="is taken; rename the file"):
+        methods_of({"tiny": "x", str(file): "y"}, ROOT / "data/published/table1.csv")
+    assert methods_of({str(file): "y"}, ROOT / "data/published/table1.csv") == {"ours": str(file)}
+
+
+def test_networks_are_called_by_their_files(tmp_path):
+    """The first is ours, whatever its name; equal names are refused."""
+    table = ROOT / "data/published/table1.csv"
+    assert methods_of({"tiny": "", "a/x.pth": "", "released": ""}, table) == {
+        "ours": "tiny",
+        "x": "a/x.pth",
+        "released": "released",
+    }
+    with pytest.raises(InputError, match="b/x.pth"):
+        methods_of({"tiny": "", "a/x.pth": "", "b/x.pth": ""}, table)
+
+
+def test_named_weights_replace_what_a_profile_says_of_ours(monkeypatch):
+    """Whose network it is, is read from the weights; stages that only share a word do not depend on them."""
+    monkeypatch.chdir(ROOT)
+    config = yaml.safe_load((ROOT / "nbs/experiments/config/demo.yaml").read_text()) | {"WEIGHTS": ["tiny"]}
+    plan = Plan(config, {})
+    assert plan.config["fuse"]["weights"] == "tiny" and "notes" not in plan.config["table1"]
+    assert "smfnet/weights/tiny.safetensors" in plan.inputs({"weights": "tiny"})[0]
+    assert plan.inputs({"preset": "tiny"})[0] == []

@@ -13,7 +13,15 @@ from smfnet.data.registry import registry
 from smfnet.metrics.protocols import METRICS
 from smfnet.network.model import SMFNet
 from smfnet.report.claims import MEASURED, PAIRED, ablation_rows, load_claims, measured_rows
-from smfnet.report.evidence import LAYERS, Numbers, network_of, run_networks, verdicts
+from smfnet.report.evidence import (
+    LAYERS,
+    Network,
+    Numbers,
+    layer_numbers,
+    network_of,
+    run_networks,
+    verdicts,
+)
 from smfnet.report.published import COLUMNS, FINDING, TABLES, audit, claim_cells, load_published, wide
 from smfnet.report.study import expected_images
 
@@ -374,6 +382,27 @@ def test_images_of_rivals_test_the_printed_table(claims, published):
     on_tno = verdict(rivals[rivals["set"] == "TNO"])
     assert on_tno["verdict"] == "open" and "DIR/fused" in on_tno["next"]
     assert verdict(rivals.assign(method="somebody"))["verdict"] == "not tested"
+
+
+def test_print_alone_refutes_nothing_about_images(claims, published):
+    """A printed rival that nobody measured again is no evidence of this layer."""
+    rows = measured_like_print(published)
+    few = rows[(rows["method"] == "DIDFuse") & (rows["set"] == "TNO")]
+    found = verdicts(
+        claims, published, others=few, expected=expected_images, layers=["other methods' images"]
+    )
+    assert set(found.set_index("id").loc[["3.2-h", "3.2-l", "3.2-j"], "verdict"]) == {"open"}
+
+
+def test_pictures_of_other_sets_are_nothing_to_look_at(claims, published):
+    """A claim on a figure waits for images of its own network and sets, and hides no next step."""
+    rows = measured_like_print(published)
+    elsewhere = rows[rows["method"] == "ours"].assign(set="scenes").drop_duplicates(["metric"])
+    found = judged(claims, published, elsewhere)
+    assert set(found.loc[found["kind"] == "qualitative", "verdict"]) == {"not tested"}
+    foreign = pd.concat([rows[rows["method"] == "U2Fusion"], rows[rows["method"] == "ours-medical"]])
+    networks = {"ours": Network("authors' weights", "theirs")}
+    assert "ours-medical" not in set(layer_numbers(foreign, networks)["authors' weights"].fusion["method"])
 
 
 def test_trivial_methods_are_no_rivals_but_are_told(claims, published):
