@@ -21,6 +21,7 @@ from smfnet.core.provenance import sha256
 from smfnet.fusion.baselines import BASELINES
 from smfnet.fusion.model_zoo import is_registered, weights_file
 from smfnet.report.page import StageRecord, write_report
+from smfnet.report.published import load_published
 from smfnet.report.tables import AS_FUSED, SAVED, name_key
 
 EXPERIMENTS = "nbs/experiments"
@@ -64,9 +65,9 @@ def named_weights(text: str) -> dict[str, str]:
     return found
 
 
-def methods_of(weights: dict[str, str], published: str = "data/published/table1.csv") -> dict[str, str]:
+def methods_of(weights: dict[str, str], published: str = "data/published") -> dict[str, str]:
     """What each network is called: the first `ours`, others by their files; `InputError` for a taken name."""
-    printed = {line.split(",")[2] for line in Path(published).read_text(encoding="utf-8").splitlines()[1:]}
+    printed = load_published(published, 1)["method"]
     taken, found = {name_key(m) for m in (*BASELINES, *printed, "ours", "ours-medical")}, {}
     for name in weights:
         method = Path(name).stem if found else "ours"

@@ -218,14 +218,14 @@ def _by_images(claim: Mapping, measured: pd.DataFrame, published: pd.DataFrame) 
     if not len(again): return Judgement(None, "no image of a rival is at hand", "")
     columns = ["set", "method", "metric", "value"]
     own = printed[printed["method"] == claim["method"]][columns]
-    cells = claim_cells(claim, pd.concat([own, again.rename(columns={"mean": "value"})[columns]]))
+    among = claim_cells(claim, pd.concat([own, again.rename(columns={"mean": "value"})[columns]]))
     counts = again.groupby("set")["method"].nunique()
-    every = cells["set"].map(counts) == len(rivals)  # only then does a rank among them say that it holds
-    sure = [c if c is False or whole else None for c, whole in zip(cells["holds"], every)]
-    cells = cells.assign(holds=pd.Series(sure, cells.index, dtype=object))
+    every = among["set"].map(counts) == len(rivals)  # only then does a rank among them say that it holds
+    sure = [c if c is False or whole else None for c, whole in zip(among["holds"], every)]
+    cells = among.assign(holds=pd.Series(sure, among.index, dtype=object))
     found = ", ".join(f"{n} of {len(rivals)} rivals on {name}" for name, n in counts.items())
     why = cells_in_words(cells, f"measured again: {found}")
-    return Judgement(claim_holds(claim, cells), why, describe_cells(cells))
+    return Judgement(claim_holds(claim, cells), why, describe_cells(among))
 
 # %% ../../nbs/09_report/07_evidence.ipynb #e02f9d93
 def _judgement(claim, layer, numbers, *, others, published, expected) -> Judgement:

@@ -126,13 +126,13 @@ def test_a_second_network_has_a_name_of_its_own(tmp_path, taken):
     file = tmp_path / f"{taken}.safetensors"
     file.write_bytes(b"weights")
     with pytest.raises(InputError, match="is taken; rename the file"):
-        methods_of({"tiny": "x", str(file): "y"}, ROOT / "data/published/table1.csv")
-    assert methods_of({str(file): "y"}, ROOT / "data/published/table1.csv") == {"ours": str(file)}
+        methods_of({"tiny": "x", str(file): "y"}, ROOT / "data/published")
+    assert methods_of({str(file): "y"}, ROOT / "data/published") == {"ours": str(file)}
 
 
 def test_networks_are_called_by_their_files(tmp_path):
     """The first is ours, whatever its name; equal names are refused."""
-    table = ROOT / "data/published/table1.csv"
+    table = ROOT / "data/published"
     assert methods_of({"tiny": "", "a/x.pth": "", "released": ""}, table) == {
         "ours": "tiny",
         "x": "a/x.pth",

@@ -381,6 +381,7 @@ def test_images_of_rivals_test_the_printed_table(claims, published):
     assert verdict(rivals.assign(mean=rivals["mean"].mask(higher, 99.0)))["verdict"] == "contradicted"
     on_tno = verdict(rivals[rivals["set"] == "TNO"])
     assert on_tno["verdict"] == "open" and "DIR/fused" in on_tno["next"]
+    assert "TNO SF 13.6222, rank 1 of 10" in on_tno["shows"]  # shown, though it decides nothing
     assert verdict(rivals.assign(method="somebody"))["verdict"] == "not tested"
 
 
