@@ -26,10 +26,10 @@ def power(
 ) -> float:  # in [0, 1]
     "Probability that the t-test on n paired differences finds a difference."
     if n < 2 or not spread > 0:
-        raise InputError(f"power: {n} seeds with spread {spread}; give two seeds or more, and a spread above 0")
+        raise InputError(f"power: {n} seeds, spread {spread}; give two seeds or more, and a spread above 0")
     if difference == 0: return level
     edge = stats.t.ppf(1 - level / 2, n - 1)
-    return float(stats.ncf.sf(edge ** 2, 1, n - 1, n * (difference / spread) ** 2))  # t² has an F distribution
+    return float(stats.ncf.sf(edge**2, 1, n - 1, n * (difference / spread) ** 2))  # t² is distributed as F
 
 def detectable(
     spread: float,  # standard deviation of the paired differences, above 0
@@ -83,7 +83,8 @@ def power_words(
     minutes: float | None = None,  # of one training; None: unknown
 ) -> list[str]:  # sentences
     "The statement that stands in the place of measured differences."
-    if cells.empty: return ["One seed, or none: without a spread over seeds no difference can be told from chance."]
+    if cells.empty:
+        return ["One seed, or none: without a spread over seeds no difference can be told from chance."]
     n, trainings = int(cells["n"].median()), cells["config"].nunique() + 1
     seen, all_ = int(cells["excludes_0"].sum()), len(cells)
     within = int((cells["printed"].abs() >= cells["detectable"]).sum())
@@ -100,6 +101,11 @@ def power_words(
     return said
 
 # %% ../../nbs/09_report/11_power.ipynb #c87e7c01
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title></head>
+<body><h1>{title}</h1>{body}<table>{rows}</table></body></html>
+"""
+
 def _number(x: float, sign: str = "") -> str: return "–" if not math.isfinite(x) else f"{x:{sign}.4f}"
 
 def _lines(table: pd.DataFrame, cells: pd.DataFrame) -> list[list[str]]:
@@ -110,9 +116,9 @@ def _lines(table: pd.DataFrame, cells: pd.DataFrame) -> list[list[str]]:
         lines.append([row, "printed", *(_number(x) for x in values["published"])])
         if config == "ours": continue
         lines.append(["", "printed difference", *(_number(x, "+") for x in values["published_difference"])])
-        here = [found.loc[(config, m)] if (config, m) in found.index else None for m in values.index]
-        lines.append(["", "seen by the seeds at hand, from", *("–" if c is None else _number(c["detectable"]) for c in here)])
-        lines.append(["", "seeds needed", *("–" if c is None else f"{c['needed']:,.0f}" for c in here)])
+        here = found.reindex([(config, m) for m in values.index])
+        lines.append(["", "seen by the seeds at hand, from", *map(_number, here["detectable"])])
+        lines.append(["", "seeds needed", *("–" if pd.isna(n) else f"{n:,.0f}" for n in here["needed"])])
     return lines
 
 def write_power(
@@ -126,12 +132,13 @@ def write_power(
     head, lines = ["configuration", "", *dict.fromkeys(table["metric"])], _lines(table, cells)
     bar = lambda texts: "| " + " | ".join(texts) + " |"
     tr = lambda texts, tag: "<tr>" + "".join(f"<{tag}>{html.escape(t)}</{tag}>" for t in texts) + "</tr>"
-    page = "".join(f"<p>{html.escape(s)}</p>" for s in said)
-    page += "<table>" + "\n".join([tr(head, "th"), *(tr(line, "td") for line in lines)]) + "</table>"
-    start = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title></head>'
+    body = "".join(f"<p>{html.escape(s)}</p>" for s in said)
+    rows = "\n".join([tr(head, "th"), *(tr(line, "td") for line in lines)])
+    table_lines = [bar(head), bar(["---"] * len(head)), *map(bar, lines)]
     texts = {
-        ".csv": cells.to_csv(index=False), ".html": f"{start}<body><h1>{html.escape(title)}</h1>{page}</body></html>",
-        ".md": "\n".join([f"# {title}", "", *said, "", bar(head), bar(["---"] * len(head)), *map(bar, lines), ""]),
+        ".csv": cells.to_csv(index=False),
+        ".html": _PAGE.format(title=html.escape(title), body=body, rows=rows),
+        ".md": "\n".join([f"# {title}", "", *said, "", *table_lines, ""]),
     }
     for suffix, text in texts.items():
         with atomic_path(Path(f"{path}{suffix}")) as part: part.write_text(text, encoding="utf-8")

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TREATMENTS', 'AS_THEY_ARE', 'COLUMNS', 'GRID', 'Treatment', 'cut_off', 'treat_set', 'long_rows', 'treated_means',
-           'rank_moves', 'rank_stability', 'leads', 'among_best', 'decided_pairs', 'printed_leads', 'choose_setting',
-           'correlations', 'predictions', 'lead_chart', 'treatment_map', 'redundancy_map', 'stability_map',
-           'pleasing_picture', 'measure_worth', 'read_worth', 'treatment_words', 'sample_words', 'print_words',
-           'pleasing_words', 'redundancy_words', 'prediction_words', 'networks_of', 'worth_words', 'choose_pleasing',
-           'write_worth', 'draw_worth']
+           'rank_moves', 'rank_stability', 'Leads', 'leads', 'distances', 'among_best', 'decided_pairs',
+           'printed_leads', 'choose_setting', 'correlations', 'predictions', 'lead_chart', 'treatment_map',
+           'redundancy_map', 'stability_map', 'pleasing_picture', 'measure_worth', 'read_worth', 'treatment_words',
+           'sample_words', 'print_words', 'pleasing_words', 'redundancy_words', 'prediction_words', 'networks_of',
+           'worth_words', 'choose_pleasing', 'write_worth', 'draw_worth']
 
 # %% ../../nbs/09_report/12_worth.ipynb #99c29313
 import html
@@ -32,7 +32,7 @@ from ..data.matching import find_pairs
 from ..data.patches import ROADSCENE_SAME_SCENE, load_pairs
 from ..fusion.baselines import BASELINES, enhanced
 from ..metrics import evaluate
-from ..metrics.comparison import bootstrap_interval, holm, wilcoxon_p
+from ..metrics.comparison import best_of, compare_all, holm, verdicts
 from ..metrics.files import gray_levels, join_colour, match_files, read_gray
 from .stretch import stretch_levels
 from .study import SetFolders, measure_set, show_pixels
@@ -110,10 +110,12 @@ COLUMNS = ("EN", "SD", "SF", "MI", "VIF", "Qabf", "AG", "SSIM")  # of the paper'
 def long_rows(
     tables: Mapping[str, pd.DataFrame],  # method -> images × metrics
     name: str,  # of the set
-) -> pd.DataFrame:  # set, method, stem and `COLUMNS`, one row an image
-    "Scores of every image, as one table."
-    rows = pd.concat({m: t[list(COLUMNS)] for m, t in tables.items()}, names=["method", "stem"])
-    return rows.reset_index().assign(set=name)[["set", "method", "stem", *COLUMNS]]
+) -> pd.DataFrame:  # set, method, stem, cluster and `COLUMNS`, one row an image
+    "Scores of every image, as one table; images of one cluster share a picture."
+    rows = pd.concat({m: t[list(COLUMNS)] for m, t in tables.items()}, names=["method", "stem"]).reset_index()
+    groups = {stem: g for t in tables.values() for stem, g in t.attrs.get("clusters", {}).items()}
+    rows = rows.assign(set=name, cluster=rows["stem"].replace(groups))
+    return rows[["set", "method", "stem", "cluster", *COLUMNS]]
 
 def treated_means(
     place: SetFolders,  # from `smfnet.report.study.set_folders`
@@ -140,7 +142,9 @@ def _ranked(means: pd.DataFrame) -> pd.DataFrame:
 
 def _gain_alone(plain: pd.Series, treated: pd.Series) -> tuple[int, str]:
     "The most ranks that one method gains if it alone is treated, and which one."
-    gains = {m: int((plain.drop(m) > plain[m]).sum() - (plain.drop(m) > treated[m]).sum()) for m in plain.index}
+    def rank(m, value): return int((plain.drop(m) > value).sum())
+
+    gains = {m: rank(m, plain[m]) - rank(m, treated[m]) for m in plain.index}
     best = max(gains, key=gains.get)
     return gains[best], best if gains[best] > 0 else ""
 
@@ -160,19 +164,29 @@ def rank_moves(
             changed = before[metric] != after[metric]
             found.append((treatment, metric, tau, int(changed.sum()),
                           bool((changed & (before[metric] == 1)).any()), gain, who))
-    return pd.DataFrame(found, columns=["treatment", "metric", "tau", "moved", "first changes", "alone", "by"])
+    columns = ["treatment", "metric", "tau", "moved", "first changes", "alone", "by"]
+    return pd.DataFrame(found, columns=columns)
 
-# %% ../../nbs/09_report/12_worth.ipynb #575b5cf0
-def _stacked(images: pd.DataFrame) -> tuple[list[str], np.ndarray]:
-    "Methods, and their scores: methods × images × `COLUMNS`; `InputError` unless all saw the same images."
-    parts = {m: p.set_index("stem")[list(COLUMNS)] for m, p in images.groupby("method", sort=False)}
-    first = next(iter(parts.values()), None)
-    if first is None or len(parts) < 2:
-        raise InputError(f"images: {len(parts)} methods; a comparison needs at least two")
-    for m, p in parts.items():
-        if set(p.index) != set(first.index):
-            raise InputError(f"{m}: was measured on other images than {next(iter(parts))}")
-    return list(parts), np.stack([p.loc[first.index].to_numpy() for p in parts.values()])
+# %% ../../nbs/09_report/12_worth.ipynb #0c901e3e
+def _tables(images: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    "Method -> stems × `COLUMNS`, as the functions of `smfnet.metrics.comparison` take them."
+    tables = {}
+    for method, part in images.groupby("method", sort=False):
+        tables[method] = part.set_index("stem")[list(COLUMNS)]
+        tables[method].attrs["clusters"] = dict(zip(part["stem"], part["cluster"]))
+    if len(tables) < 2:
+        raise InputError(f"images: {len(tables)} methods; a comparison needs at least two")
+    return tables
+
+def _stacked(images: pd.DataFrame) -> tuple[list[str], np.ndarray, np.ndarray]:
+    "Methods, their scores (methods × images × `COLUMNS`), and the cluster of each image as a number."
+    tables = _tables(images)
+    first = next(iter(tables.values()))
+    for m, t in tables.items():
+        if set(t.index) != set(first.index):
+            raise InputError(f"{m}: was measured on other images than {next(iter(tables))}")
+    groups = pd.factorize(first.index.map(first.attrs["clusters"]))[0]
+    return list(tables), np.stack([t.loc[first.index].to_numpy() for t in tables.values()]), groups
 
 def rank_stability(
     images: pd.DataFrame,  # of one set, from `long_rows`
@@ -181,16 +195,16 @@ def rank_stability(
     seed: int = 0,  # of the draws
 ) -> pd.DataFrame:  # metric, method, mean, rank, first (share of draws), low and high (ranks, middle 95 %)
     "How often every method has the first rank on resampled images, and in which ranks it lies."
-    names, x = _stacked(images)
-    n = x.shape[1]
-    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples) / n
-    means = np.einsum("rn,mnk->rmk", weights, x)
+    names, x, groups = _stacked(images)
+    n = groups.max() + 1
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)[:, groups]
+    means = np.einsum("rn,mnk->rmk", draws / draws.sum(1, keepdims=True), x)
     ranks = 1 + (means[:, None] > means[:, :, None]).sum(2)  # of each method: how many lie above it
     low, high = np.quantile(ranks, [0.025, 0.975], axis=0, method="inverted_cdf")
     parts = [
         pd.DataFrame({
-            "metric": metric, "method": names, "mean": x[:, :, k].mean(1), "first": (ranks[:, :, k] == 1).mean(0),
-            "low": low[:, k], "high": high[:, k],
+            "metric": metric, "method": names, "mean": x[:, :, k].mean(1),
+            "first": (ranks[:, :, k] == 1).mean(0), "low": low[:, k], "high": high[:, k],
         })
         for k, metric in enumerate(COLUMNS)
     ]
@@ -198,49 +212,53 @@ def rank_stability(
     table["rank"] = table.groupby("metric")["mean"].rank(ascending=False, method="min").astype(int)
     return table
 
-# %% ../../nbs/09_report/12_worth.ipynb #8b578ca4
+# %% ../../nbs/09_report/12_worth.ipynb #a33903cb
+class Leads(NamedTuple):
+    "What is known about who leads, from `smfnet.metrics.comparison`."
+    pairs: pd.DataFrame  # of `compare_all`, with the column verdict
+    standing: pd.DataFrame  # of `best_of`
+
 def leads(
     images: pd.DataFrame,  # of one set, from `long_rows`
-    *,
-    level: float = 0.05,  # of the tests, after Holm
-) -> pd.DataFrame:  # metric, method, best, difference, low, high, p_holm, behind
-    "Every method against the best of each column: paired difference, interval, and whether it falls behind."
-    names, x = _stacked(images)
-    rows = []
-    for k, metric in enumerate(COLUMNS):
-        best = int(x[:, :, k].mean(1).argmax())
-        for i in (i for i in range(len(names)) if i != best):
-            d = x[i, :, k] - x[best, :, k]
-            rows.append((metric, names[i], names[best], d.mean(), *bootstrap_interval(d), wilcoxon_p(d)))
-    columns = ["metric", "method", "best", "difference", "low", "high", "p"]
-    table = pd.DataFrame(rows, columns=columns)
-    table["p_holm"] = holm(table["p"])
-    return table.assign(behind=table["p_holm"] < level).drop(columns="p")
+) -> Leads:
+    "Every two methods compared on the same images, and who is best or among the best of each column."
+    tables = _tables(images)
+    pairs = compare_all(tables)
+    return Leads(pairs.assign(verdict=verdicts(pairs)), best_of(tables))
+
+def distances(
+    found: Leads,
+) -> pd.DataFrame:  # metric, method, best, difference, low, high, behind
+    "Every method's distance from the highest mean of each column, and whether it falls behind for certain."
+    tops = found.standing[found.standing["rank"] == 1].drop_duplicates("metric").set_index("metric")["method"]
+    other = {"method": "against", "against": "method", "low": "high", "high": "low"}
+    turned = found.pairs.rename(columns=other)
+    swap = {"better": "worse", "worse": "better"}
+    turned[["difference", "low", "high"]] *= -1
+    both = pd.concat([found.pairs, turned.assign(verdict=turned["verdict"].replace(swap))], ignore_index=True)
+    both = both[both["against"] == both["metric"].map(tops)].rename(columns={"against": "best"})
+    both["behind"] = both["verdict"] == "worse"
+    return both[["metric", "method", "best", "difference", "low", "high", "behind"]]
 
 def among_best(
-    table: pd.DataFrame,  # from `leads`
-) -> dict[str, list[str]]:  # metric -> the best, then those that do not fall behind it
+    found: Leads,
+) -> dict[str, list[str]]:  # metric -> methods, the highest mean first
     "Who is best, or among the best, in each column."
-    parts = {metric: part for metric, part in table.groupby("metric", sort=False)}
-    return {m: [p["best"].iloc[0], *p.loc[~p["behind"], "method"]] for m, p in parts.items()}
+    tops = found.standing[found.standing["standing"] != ""].sort_values("rank", kind="stable")
+    return {m: list(tops.loc[tops["metric"] == m, "method"]) for m in COLUMNS}
 
-# %% ../../nbs/09_report/12_worth.ipynb #ef192887
+# %% ../../nbs/09_report/12_worth.ipynb #d762b6aa
 def decided_pairs(
-    images: pd.DataFrame,  # of one set, from `long_rows`
-    *,
+    found: Leads,  # of one set
     level: float = 0.05,  # of the tests
-) -> pd.DataFrame:  # metric, pairs, decided, after Holm, half-width (median, of the 95 % interval of a difference)
+) -> pd.DataFrame:  # metric, pairs, decided, after Holm, half-width (median, of a difference)
     "Pairs of methods whose difference is significant, alone and among all pairs and columns of the table."
-    names, x = _stacked(images)
-    a, b = np.triu_indices(len(names), 1)
-    d = x[a] - x[b]  # pairs × images × columns
-    p = np.array([[wilcoxon_p(d[i, :, k]) for k in range(len(COLUMNS))] for i in range(len(a))])
-    corrected = holm(p.ravel()).reshape(p.shape)
-    width = stats.t.ppf(0.975, x.shape[1] - 1) * d.std(1, ddof=1) / np.sqrt(x.shape[1])
-    return pd.DataFrame({
-        "metric": COLUMNS, "pairs": len(a), "decided": (p < level).sum(0), "after Holm": (corrected < level).sum(0),
-        "half-width": np.median(width, axis=0),
-    })
+    rows = found.pairs.assign(half=(found.pairs["high"] - found.pairs["low"]) / 2)
+    groups = rows.groupby("metric", sort=False)
+    below = lambda p: int((p < level).sum())
+    counts = {"pairs": groups.size(), "decided": groups["p"].agg(below),
+              "after Holm": groups["p_holm"].agg(below), "half-width": groups["half"].median()}
+    return pd.DataFrame(counts).reset_index()
 
 # %% ../../nbs/09_report/12_worth.ipynb #fa981d79
 def printed_leads(
@@ -309,7 +327,7 @@ def predictions(
 
 # %% ../../nbs/09_report/12_worth.ipynb #17cfb02d
 def lead_chart(
-    table: pd.DataFrame,  # from `leads`
+    table: pd.DataFrame,  # from `distances`
 ) -> Figure:
     "A panel a column: distance of each method from the best, filled where it falls behind for certain."
     fig, axes = plt.subplots(2, 4, figsize=(11, 1.4 + 0.34 * table["method"].nunique()), layout="constrained")
@@ -347,8 +365,8 @@ def redundancy_map(
     "Correlations of columns, over methods and within images."
     for ax, (over, table) in zip(axes, found.items()):
         hidden = np.triu(np.ones(table.shape, dtype=bool))
-        sns.heatmap(table, ax=ax, mask=hidden, cmap="vlag", vmin=-1, vmax=1, annot=True, fmt=".2f", cbar=False,
-                    annot_kws={"fontsize": 7})
+        sns.heatmap(table, ax=ax, mask=hidden, cmap="vlag", vmin=-1, vmax=1, annot=True, fmt=".2f",
+                    cbar=False, annot_kws={"fontsize": 7})
         ax.set_title(f"over {over}", fontsize=9)
         ax.set(xlabel="", ylabel="")
 
@@ -356,11 +374,12 @@ def stability_map(
     ax: Axes,
     table: pd.DataFrame,  # from `rank_stability`
 ) -> Axes:
-    "Rank of every method in every column, with the ranks of the middle 95 % of draws; colour: first rank's share."
+    "Rank of every method in every column, and the ranks of 95 % of draws; colour: share of first ranks."
     cells = table.assign(text=[f"{r.rank}\n{r.low:.0f}–{r.high:.0f}" for r in table.itertuples()])
     order = cells.groupby("method")["rank"].mean().sort_values().index
-    grid = {v: cells.pivot(index="method", columns="metric", values=v).loc[order, list(COLUMNS)] for v in ("first", "text")}
-    sns.heatmap(grid["first"], ax=ax, annot=grid["text"], fmt="", cmap="Greens", vmin=0, vmax=1, linewidths=0.5,
+    first, text = (cells.pivot(index="method", columns="metric", values=v).loc[order, list(COLUMNS)]
+                   for v in ("first", "text"))
+    sns.heatmap(first, ax=ax, annot=text, fmt="", cmap="Greens", vmin=0, vmax=1, linewidths=0.5,
                 annot_kws={"fontsize": 7}, cbar_kws={"label": "share of draws in the first rank"})
     ax.set(xlabel="", ylabel="")
     return ax
@@ -403,7 +422,8 @@ def measure_worth(
     which = {p.name: (treatments or {}).get(p.name, tuple(TREATMENTS)) for p in places}
     options = [{"treatments": which[p.name], "workers": workers} for p in places]
     parts = [treated_means(p, methods[p.name], scratch, **o) for p, o in zip(places, options)]
-    return pd.concat([p[0] for p in parts], ignore_index=True), pd.concat([p[1] for p in parts], ignore_index=True)
+    means, images = (pd.concat(tables, ignore_index=True) for tables in zip(*parts))
+    return means, images
 
 def read_worth(
     folder: str | Path,  # with means.csv and images.csv of an earlier run
@@ -440,19 +460,20 @@ def treatment_words(
 def sample_words(
     stability: pd.DataFrame,  # from `rank_stability`
     pairs: pd.DataFrame,  # from `decided_pairs`
-    table: pd.DataFrame,  # from `leads`
+    found: Leads,  # of the same set
 ) -> list[str]:  # sentences
     "What the choice of images does to ranks."
     first = stability[stability["rank"] == 1].sort_values("first")
     shares = [f"{r.metric} {r.method} {r.first:.2f}" for r in first.itertuples()]
-    many = {m: v for m, v in among_best(table).items() if len(v) > 1}
+    many = {m: v for m, v in among_best(found).items() if len(v) > 1}
     ties = [f"{m} ({', '.join(v)})" for m, v in many.items()]
     n = int(pairs["pairs"].sum())
     return [
         f"Share of resampled sets in which the best stays best: {', '.join(shares)}.",
         f"Of {n} comparisons of two methods in one column {pairs['decided'].sum()} have p < 0.05, "
         f"{pairs['after Holm'].sum()} after Holm's correction.",
-        f"Nobody is best for certain in {len(many)} of {len(COLUMNS)} columns; among the best: {_list(ties)}.",
+        f"Nobody is best for certain in {len(many)} of {len(COLUMNS)} columns; "
+        f"among the best: {_list(ties)}.",
     ]
 
 # %% ../../nbs/09_report/12_worth.ipynb #605a1668
@@ -460,8 +481,8 @@ def print_words(
     leads: pd.DataFrame,  # from `printed_leads`
 ) -> list[str]:  # sentences
     "Which printed leads lie inside the usual uncertainty of a difference."
-    inside = [f"{r['metric']} ({r['best']} before {r['second']} by {r['lead']:.4f}, half-width {r['half-width']:.4f})"
-              for r in leads[leads["inside"]].to_dict("records")]
+    text = "{metric} ({best} before {second} by {lead:.4f}, half-width {half-width:.4f})"
+    inside = [text.format(**r) for r in leads[leads["inside"]].to_dict("records")]
     return [f"Printed leads below the usual half-width of a difference: {_list(inside)}."]
 
 def pleasing_words(
@@ -472,7 +493,8 @@ def pleasing_words(
     own = means[(means["treatment"] == AS_THEY_ARE) & (means["method"] == "enhanced")][list(COLUMNS)].iloc[0]
     best = published.groupby("metric")["value"].max().reindex(COLUMNS)
     wins = [f"{m} {own[m]:.4f} (best printed {best[m]:.4f})" for m in COLUMNS if own[m] > best[m]]
-    return [f"The rule made to please would be first in {len(wins)} of {len(COLUMNS)} printed columns: {_list(wins)}."]
+    where = f"{len(wins)} of {len(COLUMNS)} printed columns: {_list(wins)}"
+    return [f"The rule made to please would be first in {where}."]
 
 def redundancy_words(
     found: Mapping[str, pd.DataFrame],  # from `correlations`
@@ -481,7 +503,8 @@ def redundancy_words(
     "The pairs of columns that say most alike."
     said = []
     for over, table in found.items():
-        pairs = table.where(np.tril(np.ones(table.shape, dtype=bool), -1)).stack().sort_values(ascending=False)
+        below = np.tril(np.ones(table.shape, dtype=bool), -1)
+        pairs = table.where(below).stack().sort_values(ascending=False)
         said.append(f"Most alike over {over}: "
                     + ", ".join(f"{a} and {b} {r:.2f}" for (a, b), r in pairs[:most].items()) + ".")
     return said
@@ -514,20 +537,22 @@ def worth_words(
         own, rows = means[means["set"] == name], table1[table1["set"] == name]
         ranked, lines = networks_of(part), []
         if ranked["method"].nunique() > 2:
-            pairs = decided_pairs(ranked)
+            known = leads(ranked)
+            pairs = decided_pairs(known)
             lines += treatment_words(rank_moves(own[own["method"].isin(ranked["method"])]))
-            lines += sample_words(rank_stability(ranked), pairs, leads(ranked))
+            lines += sample_words(rank_stability(ranked), pairs, known)
             lines += print_words(printed_leads(rows, pairs)) if len(rows) else []
             lines += redundancy_words(correlations(ranked))
         if len(rows) and "enhanced" in set(own["method"]): lines += pleasing_words(own, rows)
         said[name] = lines
-    return said | {"Machines": prediction_words(predictions(table1[table1["set"] == "MSRS"], _tasks(published)))}
+    fusion = table1[table1["set"] == "MSRS"]
+    return said | {"Machines": prediction_words(predictions(fusion, _tasks(published)))}
 
 def _tasks(published: pd.DataFrame) -> dict[str, pd.Series]:
     "Printed mAP and mIoU of each method but the paper's own."
-    wanted = {"mAP": 2, "mIoU": 3}
     rows = published[published["method"] != "ours"]
-    return {m: rows[(rows["table"] == t) & (rows["metric"] == m)].set_index("method")["value"] for m, t in wanted.items()}
+    parts = {m: rows[(rows["table"] == t) & (rows["metric"] == m)] for m, t in (("mAP", 2), ("mIoU", 3))}
+    return {m: part.set_index("method")["value"] for m, part in parts.items()}
 
 # %% ../../nbs/09_report/12_worth.ipynb #dd482eec
 def choose_pleasing(
@@ -536,7 +561,8 @@ def choose_pleasing(
     every: int = 5,  # each how-manieth pair is used
 ) -> pd.DataFrame:  # from `choose_setting`
     "Choose the setting of the rule made to please for the printed row of SMFNet, on training pairs."
-    rows = published[(published["table"] == 1) & (published["set"] == "RoadScene") & (published["method"] == "ours")]
+    rows = published[(published["table"] == 1) & (published["set"] == "RoadScene")]
+    rows = rows[rows["method"] == "ours"]
     pairs = load_pairs(train, leave_out=ROADSCENE_SAME_SCENE, progress=False)[::every]
     return choose_setting(pairs, rows.set_index("metric")["value"])
 
@@ -560,7 +586,7 @@ def draw_worth(
     "Resampled ranks, ranks gained by a treatment alone, and correlations of columns, of one set."
     fig, axes = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
     own = means[(means["set"] == ranked["set"].iloc[0]) & means["method"].isin(ranked["method"])]
-    stability_map(axes[0, 0], rank_stability(ranked)).set_title("rank, and ranks of 95 % of resampled sets", fontsize=9)
-    treatment_map(axes[0, 1], rank_moves(own)).set_title("ranks that one method gains, treated alone", fontsize=9)
+    stability_map(axes[0, 0], rank_stability(ranked)).set_title("rank, and ranks of 95 % of resampled sets")
+    treatment_map(axes[0, 1], rank_moves(own)).set_title("ranks that one method gains, treated alone")
     redundancy_map(axes[1], correlations(ranked))
     return fig
