@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['REQUIRED', 'CARD', 'ROADSCENE_LICENCE', 'PIECES', 'measure_rows', 'beats', 'render_card', 'describe', 'ship',
-           'record_phase', 'piece_card', 'half_moves', 'fuse_sets', 'compare_sets', 'registry_entry', 'write_card']
+           'record_phase', 'piece_card', 'half_moves', 'fuse_sets', 'compare_sets', 'prove', 'disproved',
+           'registry_entry', 'write_card']
 
 # %% ../../nbs/09_report/02_model_card.ipynb #b8072ab1
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +22,7 @@ from ..fusion.baselines import BASELINES
 from ..fusion.files import fuse_folder, fuse_pair, ready_model
 from ..data.images import LUMA
 from ..data.matching import find_pairs, find_source
+from ..data.pixels import read_size
 from ..metrics import evaluate, evaluate_folder
 from ..metrics.files import read_gray
 from ..core.download import git_blob
@@ -194,14 +197,17 @@ Stored as {storage}. {training}
 
 ## Validation
 
-Means over the pairs set aside, images stretched as the release saves them, at the end of each phase.
+Means over the pairs set aside, images stretched as the release saves them, every time they were measured.
 
 {curve}
-
+{tried}
 ## Test sets
 
 Protocol `table1`, measured and printed values with the 95 % interval of the mean over images. "ours" are
-these weights, as the authors' code saves images; columns that reach the printed row: {reached}.
+these weights, as the authors' code saves images. Columns that reach the printed row: {reached}. Columns above
+`tiny`, saved alike: {ahead}.
+
+{looks}
 
 {tables}
 
@@ -224,15 +230,21 @@ def _phase_line(number: int, phase: Mapping) -> str:
 def _three(line: Mapping, metric: str) -> str: return f"{line['s.' + metric]:.3f}"
 
 def _curve_lines(phases: Sequence[Mapping]) -> list[str]:
-    "Validation at the end of each phase."
-    head = [f"| phase | {' | '.join(_CURVE)} |", "|---" * (len(_CURVE) + 1) + "|"]
-    ends = [phase["curve"][-1] for phase in phases]
-    return head + [f"| {i} | {' | '.join(_three(end, k) for k in _CURVE)} |"
-                   for i, end in enumerate(ends, 1)]
+    "All validations of some phases."
+    head = [f"| phase | step | {' | '.join(_CURVE)} |", "|---" * (len(_CURVE) + 2) + "|"]
+    lines = [(i, line) for i, phase in enumerate(phases, 1) for line in phase["curve"]]
+    return head + [f"| {i} | {v['step']} | {' | '.join(_three(v, k) for k in _CURVE)} |" for i, v in lines]
+
+def _tried(phases: Sequence[Mapping]) -> str:
+    "Phases that led nowhere, with their validations; empty without one."
+    if not phases: return ""
+    about = ["| | starts from | settings | steps | hours | seed | revision |", "|---" * 7 + "|"]
+    about += [_phase_line(i, p) for i, p in enumerate(phases, 1)]
+    return "\n".join(["", "## Tried and not taken", "", *about, "", *_curve_lines(phases), ""])
 
 # %% ../../nbs/09_report/02_model_card.ipynb #6486666b
 def piece_card(
-    facts: Mapping,  # name, half, moved (by float16), reached (set -> columns that reach the printed row)
+    facts: Mapping,  # name, half, moved (by float16), reached and ahead (set -> columns), looks, tried
     phases: Sequence[Mapping],  # phase.json of each, in order
     tables: Mapping[str, pd.DataFrame],  # set -> table of `smfnet.report.tables.compare_set`
 ) -> str:  # Markdown
@@ -247,11 +259,18 @@ def piece_card(
         training=f"{len(phases)} phases, {hours:.1f} hours of one core in all.",
         phases="\n".join(_phase_line(i, p) for i, p in enumerate(phases, 1)),
         curve="\n".join(_curve_lines(phases)),
-        reached=", ".join(f"{s} {text}" for s, text in facts["reached"].items()),
+        tried=_tried(facts["tried"]), looks=facts["looks"],
+        **{k: ", ".join(f"{s} {text}" for s, text in facts[k].items()) for k in ("reached", "ahead")},
         tables="\n".join(f"### {s}\n\n{to_markdown(t)}" for s, t in tables.items()),
     )
 
 # %% ../../nbs/09_report/02_model_card.ipynb #5fc8a723
+def _scores(model, ir: Path, vis: Path) -> dict[str, float]:
+    "Metrics of one pair, fused by a network and rounded as in a saved file."
+    fused = fuse_pair(ir=ir, vis=vis, model=model)
+    luma = fused @ np.array(LUMA) if fused.ndim == 3 else fused
+    return dict(evaluate(fused=np.rint(luma), ir=read_gray(ir, role="ir"), vis=read_gray(vis, role="vis")))
+
 def half_moves(
     whole: str | Path,  # weights file, float32
     half: str | Path,  # the same in float16
@@ -264,10 +283,7 @@ def half_moves(
         model, rows = ready_model(weights, "cpu"), []
         for place in places:
             for pair in find_pairs(ir=place.ir, vis=place.vis).pairs[:few]:
-                fused = fuse_pair(ir=pair.ir, vis=pair.vis, model=model)
-                luma = fused @ np.array(LUMA) if fused.ndim == 3 else fused
-                sources = {side: read_gray(getattr(pair, side)) for side in ("ir", "vis")}
-                rows.append(evaluate(fused=np.rint(luma), **sources))
+                rows.append(_scores(model, pair.ir, pair.vis))
         means.append(pd.DataFrame(rows).mean())
     return float((means[0] - means[1]).abs().max())
 
@@ -308,6 +324,37 @@ def compare_sets(
     compared = {s: compare_set(published, rows, s, expected=expected_images(s), notes=notes) for s in names}
     return summary, compared
 
+# %% ../../nbs/09_report/02_model_card.ipynb #b71a493a
+def prove(
+    weights: str | Path,  # weights file
+    places: Sequence[SetFolders],  # test sets
+    n: int = 2,  # pairs
+) -> list[dict]:  # set, stem, sha256 of both files, scores
+    "Scores of the smallest pairs, by which weights can be checked against their card."
+    pairs = [(place.name, pair) for place in places for pair in find_pairs(ir=place.ir, vis=place.vis).pairs]
+    pairs = sorted(pairs, key=lambda p: (math.prod(read_size(p[1].ir)), p[1].stem))[:n]
+    model = ready_model(weights, "cpu")
+    return [{"set": name, "stem": p.stem, "sha256": {side: sha256(getattr(p, side)) for side in ("ir", "vis")},
+             "scores": _scores(model, p.ir, p.vis)} for name, p in pairs]
+
+def disproved(
+    weights: str | Path,  # weights file
+    proof: Sequence[Mapping],  # from `prove`
+    places: Sequence[SetFolders],  # the sets that it names
+    tolerance: float = 0.01,  # relative, of a score; processors round differently
+) -> list[str]:  # what differs; empty: the weights are those of the card
+    "Fuse the pairs of a card again; `InputError` where one is absent or another picture."
+    by_name, found, model = {place.name: place for place in places}, [], ready_model(weights, "cpu")
+    for entry in proof:
+        place, what = by_name[entry["set"]], f"{entry['set']} {entry['stem']}"
+        pair = next((p for p in find_pairs(ir=place.ir, vis=place.vis).pairs if p.stem == entry["stem"]), None)
+        if pair is None or {k: sha256(getattr(pair, k)) for k in entry["sha256"]} != entry["sha256"]:
+            raise InputError(f"{place.ir}: does not hold the pair {what} of the card; get the set again")
+        scores = _scores(model, pair.ir, pair.vis)
+        found += [f"{what} {m}: {scores[m]:.4f}, {v:.4f} in the card" for m, v in entry["scores"].items()
+                  if not math.isclose(scores[m], v, rel_tol=tolerance)]
+    return found
+
 # %% ../../nbs/09_report/02_model_card.ipynb #b5ef457c
 def registry_entry(
     registry: str | Path,  # weights.json
@@ -333,21 +380,33 @@ def registry_entry(
         part.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 # %% ../../nbs/09_report/02_model_card.ipynb #0018f915
+def _reached(table: pd.DataFrame) -> str:
+    "Columns in which ours is at or above the printed row, of those that are printed."
+    d = table[(table["method"] == "ours") & table["difference"].notna()]["difference"]
+    return f"{(d >= 0).sum()} of {len(d)}"
+
+def _ahead(table: pd.DataFrame, other: str = "tiny") -> str:
+    "Columns in which ours is above another network that was measured alike."
+    means = table.pivot_table(index="metric", columns="method", values="measured")
+    if other not in means: return "not measured"
+    both = means[["ours", other]].dropna()
+    return f"{(both['ours'] > both[other]).sum()} of {len(both)}"
+
 def write_card(
     stored: str | Path,  # weights file
     package: str | Path,  # receives <name>.safetensors and <name>.md
     registry: str | Path,  # weights.json, receives the entry
     *,
-    facts: Mapping,  # of `piece_card`, without reached
+    facts: Mapping,  # of `piece_card`, without reached and ahead
     phases: Sequence[Mapping],  # phase.json of each, in order
     tables: Mapping[str, pd.DataFrame],  # set -> table of `compare_set`
-) -> dict[str, str]:  # set -> columns that reach the printed row
-    "Install weights with their card and their entry, and say how many printed columns they reach."
-    own = {s: t[(t["method"] == "ours") & t["difference"].notna()]["difference"] for s, t in tables.items()}
-    reached = {s: f"{(d >= 0).sum()} of {len(d)}" for s, d in own.items()}
-    card = piece_card({**facts, "reached": reached}, phases, tables)
+) -> dict[str, dict[str, str]]:  # reached and ahead: set -> columns
+    "Install weights with their card and their entry; say how many columns reach the print, and are above tiny."
+    counts = {"reached": {s: _reached(t) for s, t in tables.items()},
+              "ahead": {s: _ahead(t) for s, t in tables.items()}}
+    card = piece_card({**facts, **counts}, phases, tables)
     final = Path(package, f"{facts['name']}.safetensors")
     with atomic_path(final) as part: part.write_bytes(Path(stored).read_bytes())
     with atomic_path(final.with_suffix(".md")) as part: part.write_text(card, encoding="utf-8")
     registry_entry(registry, facts["name"], final, phases)
-    return reached
+    return counts
