@@ -251,9 +251,9 @@ def seed_verdict(
     seeds: int,  # trainings of each method
 ) -> str:  # better, worse, not told apart, or too few seeds
     "What an interval of a difference says of the method, larger values being better."
-    if low <= 0 <= high: return "not told apart"
-    if seeds < FEWEST_SEEDS or not (low > 0 or high < 0): return "too few seeds"
-    return "better" if low > 0 else "worse"
+    if seeds < FEWEST_SEEDS: return "not told apart" if low <= 0 <= high else "too few seeds"
+    if low > 0: return "better"
+    return "worse" if high < 0 else "not told apart"
 
 # %% ../../nbs/07_metrics/09_comparison.ipynb #d4a809c1
 class SeedDifference(NamedTuple):

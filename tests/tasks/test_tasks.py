@@ -84,15 +84,17 @@ def test_downstream_shows_kept_differences(tmp_path):
         "high": 0.18,
         "spread": 0.03,
         "n_images": 25,
-        "n_seeds": 2,
+        "n_seeds": 3,
     }
-    table = pd.DataFrame([row, row | {"task": "segmentation", "metric": "mIoU", "low": -0.1}])
+    two = row | {"kind": "night", "n_seeds": 2}
+    table = pd.DataFrame([row, row | {"task": "segmentation", "metric": "mIoU", "low": -0.1}, two])
     table[list(DIFFERENCES)].to_csv(tmp_path / "kept.csv", index=False)
     run("downstream", tmp_path, kept=str(tmp_path / "kept.csv"), out=str(tmp_path / "out"))
     page = (tmp_path / "out" / "differences.html").read_text(encoding="utf-8")
     assert "better than visible" in page and "not told apart from visible" in page
+    assert page.count("ahead of visible") == page.count("too few seeds for a verdict") == 1
     assert "<svg" in (tmp_path / "out" / "differences.svg").read_text(encoding="utf-8")
-    assert len(read_differences(tmp_path / "out" / "differences.csv")) == 2
+    assert len(read_differences(tmp_path / "out" / "differences.csv")) == 3
 
 
 def test_missing_results_name_the_stage(tmp_path):
