@@ -8,7 +8,7 @@ __all__ = ['TREATMENTS', 'AS_THEY_ARE', 'COLUMNS', 'GRID', 'Treatment', 'cut_off
            'printed_leads', 'choose_setting', 'correlations', 'predictions', 'lead_chart', 'treatment_map',
            'redundancy_map', 'stability_map', 'pleasing_picture', 'measure_worth', 'read_worth', 'treatment_words',
            'sample_words', 'print_words', 'pleasing_words', 'redundancy_words', 'prediction_words', 'networks_of',
-           'worth_words', 'choose_pleasing', 'write_worth', 'draw_worth']
+           'worth_words', 'choose_pleasing', 'write_tables', 'write_worth', 'draw_worth']
 
 # %% ../../nbs/09_report/12_worth.ipynb #99c29313
 import html
@@ -564,18 +564,23 @@ def choose_pleasing(
     rows = published[(published["table"] == 1) & (published["set"] == "RoadScene")]
     rows = rows[rows["method"] == "ours"]
     pairs = load_pairs(train, leave_out=ROADSCENE_SAME_SCENE, progress=False)[::every]
-    return choose_setting(pairs, rows.set_index("metric")["value"])
+    return choose_setting(pairs, dict(zip(rows["metric"], rows["value"])))
+
+def write_tables(
+    tables: Mapping[str, pd.DataFrame],  # name -> table
+    out: str | Path,  # folder
+) -> None:
+    "Write tables as CSV, with six decimals."
+    for name, table in tables.items():
+        with atomic_path(Path(out, f"{name}.csv")) as part: table.round(6).to_csv(part, index=False)
 
 def write_worth(
     said: Mapping[str, Sequence[str]],  # heading -> sentences
-    tables: Mapping[str, pd.DataFrame],  # name -> table, written as CSV
     out: str | Path,  # folder
 ) -> str:  # the page
-    "Write worth.html and the tables."
+    "Write worth.html."
     lists = {k: "".join(f"<li>{html.escape(s)}</li>" for s in v) for k, v in said.items() if v}
     page = "".join(f"<h4>{html.escape(k)}</h4><ul>{v}</ul>" for k, v in lists.items())
-    for name, table in tables.items():
-        with atomic_path(Path(out, f"{name}.csv")) as part: table.round(6).to_csv(part, index=False)
     with atomic_path(Path(out, "worth.html")) as part: part.write_text(page, encoding="utf-8")
     return page
 
