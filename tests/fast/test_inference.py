@@ -396,6 +396,52 @@ def test_limits_of_a_control_group(tmp_path):
     assert streaming._cgroup_free(tmp_path) > 600000
 
 
+@pytest.mark.parametrize(
+    ("limit", "usage"),
+    [("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")],
+    ids=["version 2", "version 1"],
+)
+@pytest.mark.parametrize("group", ["", "memory", "slice/container"])
+def test_a_limit_anywhere_above_the_process_counts(tmp_path, monkeypatch, limit, usage, group):
+    """Of the root, of version 1's controller, or of the process's own group; less what is used."""
+    own, root = tmp_path / "own", tmp_path / "cgroup"
+    own.write_text("1:name=systemd:/elsewhere\n0::/slice/container\n")
+    (root / group).mkdir(parents=True)
+    real = streaming.Path
+    monkeypatch.setattr(streaming, "Path", lambda p: own if str(p) == "/proc/self/cgroup" else real(p))
+    assert streaming._cgroup_free(root) == float("inf")
+    (root / group / limit).write_text("1000000\n")
+    assert streaming._cgroup_free(root) == float("inf")  # the use is unknown
+    (root / group / usage).write_text("400000\n")
+    assert streaming._cgroup_free(root) == 600_000
+    (root / group / limit).write_text("max\n")
+    assert streaming._cgroup_free(root) == float("inf")
+
+
+@pytest.mark.parametrize("smallest", range(3))
+def test_the_narrowest_limit_is_what_is_free(monkeypatch, smallest):
+    """Machine, container or address space; what is used beyond a limit leaves nothing, not less."""
+    amounts = [5_000_000.0, 6_000_000.0, 7_000_000.0]
+    amounts[smallest] = 4_000_000.0
+    machine = type("Memory", (), {"available": amounts[0]})
+    monkeypatch.setattr(streaming.psutil, "virtual_memory", lambda: machine)
+    monkeypatch.setattr(streaming, "_cgroup_free", lambda: amounts[1])
+    monkeypatch.setattr(streaming, "_address_space_free", lambda: amounts[2])
+    assert free_memory() == 4_000_000
+    amounts[smallest] = machine.available = -1.0
+    assert free_memory() == 0
+
+
+def test_four_fifths_of_what_is_free_are_used(tiny, monkeypatch):
+    """Unless an amount is given, which is then used whole."""
+    asked = []
+    monkeypatch.setattr(inference, "free_memory", lambda device: 10**9)
+    monkeypatch.setattr(inference, "choose_schedule", lambda plane, budget, **rest: asked.append(budget))
+    prepare_for_inference(tiny).schedule((40, 50))
+    prepare_for_inference(tiny, max_memory="300MB").schedule((40, 50))
+    assert asked == [800_000_000, 300_000_000]
+
+
 def test_limit_of_the_address_space():
     program = "from smfnet.fast.tiles import free_memory; print(free_memory())"
 

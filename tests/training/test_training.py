@@ -364,12 +364,13 @@ def test_checkpoint_of_another_recipe(tmp_path, changes, message):
 
 
 def test_checkpoint_of_other_data(tmp_path):
-    """One changed pixel makes another data set."""
+    """One changed pixel makes another data set, in either modality."""
     stopped(tmp_path, after=4)
-    pairs = noise_pairs()
-    pairs[0].ir[0, 0] += 0.25
-    with pytest.raises(InputError, match="another data;"):
-        trainer(tmp_path, pairs=pairs).resume()
+    for modality in ("ir", "vis"):
+        pairs = noise_pairs()
+        getattr(pairs[0], modality)[0, 0] += 0.25
+        with pytest.raises(InputError, match="another data;"):
+            trainer(tmp_path, pairs=pairs).resume()
 
 
 @pytest.mark.parametrize(
