@@ -334,8 +334,9 @@ def prove(
     pairs = [(place.name, pair) for place in places for pair in find_pairs(ir=place.ir, vis=place.vis).pairs]
     pairs = sorted(pairs, key=lambda p: (math.prod(read_size(p[1].ir)), p[1].stem))[:n]
     model = ready_model(weights, "cpu")
-    return [{"set": name, "stem": p.stem, "sha256": {side: sha256(getattr(p, side)) for side in ("ir", "vis")},
-             "scores": _scores(model, p.ir, p.vis)} for name, p in pairs]
+    sums = [{side: sha256(getattr(p, side)) for side in ("ir", "vis")} for _, p in pairs]
+    return [{"set": name, "stem": p.stem, "sha256": s, "scores": _scores(model, p.ir, p.vis)}
+            for (name, p), s in zip(pairs, sums)]
 
 def disproved(
     weights: str | Path,  # weights file
@@ -347,7 +348,8 @@ def disproved(
     by_name, found, model = {place.name: place for place in places}, [], ready_model(weights, "cpu")
     for entry in proof:
         place, what = by_name[entry["set"]], f"{entry['set']} {entry['stem']}"
-        pair = next((p for p in find_pairs(ir=place.ir, vis=place.vis).pairs if p.stem == entry["stem"]), None)
+        pairs = {p.stem: p for p in find_pairs(ir=place.ir, vis=place.vis).pairs}
+        pair = pairs.get(entry["stem"])
         if pair is None or {k: sha256(getattr(pair, k)) for k in entry["sha256"]} != entry["sha256"]:
             raise InputError(f"{place.ir}: does not hold the pair {what} of the card; get the set again")
         scores = _scores(model, pair.ir, pair.vis)
@@ -401,7 +403,7 @@ def write_card(
     phases: Sequence[Mapping],  # phase.json of each, in order
     tables: Mapping[str, pd.DataFrame],  # set -> table of `compare_set`
 ) -> dict[str, dict[str, str]]:  # reached and ahead: set -> columns
-    "Install weights with their card and their entry; say how many columns reach the print, and are above tiny."
+    "Install weights with card and entry; say how many columns reach the print, and are above tiny."
     counts = {"reached": {s: _reached(t) for s, t in tables.items()},
               "ahead": {s: _ahead(t) for s, t in tables.items()}}
     card = piece_card({**facts, **counts}, phases, tables)

@@ -559,11 +559,12 @@ def choose_pleasing(
     train: str | Path,  # folder of training pairs of RoadScene
     published: pd.DataFrame,  # all tables
     every: int = 5,  # each how-manieth pair is used
+    leave_out: Sequence[str] = tuple(ROADSCENE_SAME_SCENE),  # pairs that share a place with a test pair
 ) -> pd.DataFrame:  # from `choose_setting`
     "Choose the setting of the rule made to please for the printed row of SMFNet, on training pairs."
     rows = published[(published["table"] == 1) & (published["set"] == "RoadScene")]
     rows = rows[rows["method"] == "ours"]
-    pairs = load_pairs(train, leave_out=ROADSCENE_SAME_SCENE, progress=False)[::every]
+    pairs = load_pairs(train, leave_out=set(leave_out), progress=False)[::every]
     return choose_setting(pairs, dict(zip(rows["metric"], rows["value"])))
 
 def write_tables(
