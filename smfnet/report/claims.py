@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import t as student
+from scipy.special import stdtr, stdtrit  # distribution of Student's t, and its quantiles
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -295,7 +295,7 @@ class _Side(NamedTuple):
 
 def _error(half: float, n: float) -> float:
     "Standard error behind half of a 95 % interval of n values; NaN where there is none."
-    return half / student.ppf(0.975, n - 1) if n > 1 else float("nan")
+    return half / float(stdtrit(n - 1, 0.975)) if n > 1 else float("nan")
 
 def _sides(rows: pd.DataFrame, images: _Images) -> dict[tuple[str, str, str], _Side]:
     "Set, metric and method -> what was measured: by its images where they are at hand, else by its interval."
@@ -315,7 +315,7 @@ def _student_p(difference: float, error: float, n: float) -> float:
     "Two-sided p of Student's test of a mean difference of n values; NaN without a standard error."
     if math.isnan(error) or not n > 1: return float("nan")
     if not error: return float(not difference)
-    return float(2 * student.sf(abs(difference) / error, n - 1))
+    return 2 * float(stdtr(n - 1, -abs(difference) / error))
 
 def _difference(a: _Side, b: _Side) -> dict:
     "a − b: the mean difference, its p, and whether it was formed image by image."
