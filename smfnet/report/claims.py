@@ -55,6 +55,7 @@ def datasets_printed(
     return Judgement(len(names) == int(claim["target"]), f"Tables 1 to 3 print {len(names)} sets",
                      ", ".join(names))
 
+# %% ../../nbs/09_report/06_claims.ipynb #96c2367b
 def mean_rank(
     claim: Mapping,  # its target is the place among the table's methods, or a better one
     published: pd.DataFrame,  # all tables
@@ -66,8 +67,10 @@ def mean_rank(
     own, others = ranks[claim["method"]], ranks.drop(claim["method"])
     place = 1 + int((others < own).sum())
     why = f"mean rank {own:.2f} over {columns.ngroups} cells: place {place} of {len(ranks)}"
-    return Judgement(place <= int(claim["target"]), why, f"the best rival is {others.index[0]}, {others.iloc[0]:.2f}")
+    best = f"the best rival is {others.index[0]}, {others.iloc[0]:.2f}"
+    return Judgement(place <= int(claim["target"]), why, best)
 
+# %% ../../nbs/09_report/06_claims.ipynb #b402065b
 PRINTED = {f.__name__: f for f in (datasets_printed, mean_rank)}
 
 # %% ../../nbs/09_report/06_claims.ipynb #ca9ac6d2
@@ -81,6 +84,7 @@ def _noise_changes() -> dict[str, tuple[float, float]]:
     before, after = (evaluate(fused=x, ir=ir, vis=vis.round()) for x in (plain, noisy))
     return {name: (before[name], after[name]) for name in METRICS}
 
+# %% ../../nbs/09_report/06_claims.ipynb #0cdb3efc
 def larger_is_better(
     claim: Mapping,  # of kind `property`
     changes: Mapping[str, tuple[float, float]] | None = None,  # metric -> without, with noise; None: measured
@@ -99,6 +103,7 @@ def _operations(attention: nn.Module, side: int) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter: attention(x)
     return counter.get_total_flops()
 
+# %% ../../nbs/09_report/06_claims.ipynb #d7ee9639
 def linear_attention(
     claim: Mapping,  # of kind `property`
     attention: nn.Module | None = None,  # B×C×H×W to the same; None: `MDTA` with the paper's C and heads
@@ -110,6 +115,7 @@ def linear_attention(
     shows = f"{few} operations on {sizes[0]}×{sizes[0]} pixels, {many} on {sizes[1]}×{sizes[1]}"
     return Judgement(abs(many / few - 4) < 0.04, why, shows)
 
+# %% ../../nbs/09_report/06_claims.ipynb #82c4108c
 PROPERTIES = {f.__name__: f for f in (larger_is_better, linear_attention)}
 
 def judge_property(
@@ -271,11 +277,13 @@ def _named(claim: Mapping) -> list[str]:
     "The rivals that a claim names; none: all methods of its table."
     return [name for name in claim["against"].split(";") if name]
 
+# %% ../../nbs/09_report/06_claims.ipynb #42260c39
 def _rival_rows(claim: Mapping, measured: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     "Measured rows of rivals on complete sets."
     names = {*_printed(claim, published)["method"], *_named(claim)} - {claim["method"]}
     return measured[measured["method"].isin(names) & measured["complete_set"].eq(True)]
 
+# %% ../../nbs/09_report/06_claims.ipynb #fed0e2ff
 def _values(claim: Mapping, measured: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     "Columns `_CELL` and value: measured rows, and printed ones of rivals not measured on complete sets."
     columns, printed = [*_CELL, "value"], _printed(claim, published)
@@ -293,10 +301,12 @@ class _Side(NamedTuple):
     n: float = math.inf  # images behind it; infinitely many for a printed value
     images: pd.Series | None = None  # the score of each image, by its stem
 
+# %% ../../nbs/09_report/06_claims.ipynb #855a7477
 def _error(half: float, n: float) -> float:
     "Standard error behind half of a 95 % interval of n values; NaN where there is none."
     return half / float(stdtrit(n - 1, 0.975)) if n > 1 else float("nan")
 
+# %% ../../nbs/09_report/06_claims.ipynb #fbb2d3b4
 def _sides(rows: pd.DataFrame, images: _Images) -> dict[tuple[str, str, str], _Side]:
     "Set, metric and method -> what was measured: by its images where they are at hand, else by its interval."
     found = {}
@@ -317,6 +327,7 @@ def _student_p(difference: float, error: float, n: float) -> float:
     if not error: return float(not difference)
     return 2 * float(stdtr(n - 1, -abs(difference) / error))
 
+# %% ../../nbs/09_report/06_claims.ipynb #f588eb04
 def _difference(a: _Side, b: _Side) -> dict:
     "a − b: the mean difference, its p, and whether it was formed image by image."
     paired = a.images is not None and b.images is not None
@@ -333,15 +344,17 @@ def _unit(claim: Mapping, published: pd.DataFrame) -> float:
     texts = published.loc[published["table"].astype(str) == claim["table"], "printed"]
     return 10.0 ** -int(texts.str.partition(".")[2].str.len().max())
 
+# %% ../../nbs/09_report/06_claims.ipynb #642172d0
 def _clearly(rows: pd.DataFrame, unit: float) -> pd.DataFrame:
     "Rows of one family of tests with Holm's p, ties, and the sign of what is clear (0: not clear)."
     rows = rows.reset_index(drop=True).assign(p_holm=float("nan"))
     tested = rows["p"].notna()
     rows.loc[tested, "p_holm"] = holm(rows.loc[tested, "p"].astype(float))
-    tie = rows["difference"].abs() < unit * (1 - 1e-9)  # values one unit apart differ, whatever their rounding
+    tie = rows["difference"].abs() < unit * (1 - 1e-9)  # values one unit apart differ, as stored too
     sure = (rows["p_holm"] < _ALPHA) & ~tie
     return rows.assign(tie=tie, clear=np.sign(rows["difference"].astype(float)).where(sure, 0))
 
+# %% ../../nbs/09_report/06_claims.ipynb #d7944336
 def _leads(own: Mapping, rivals: Mapping, unit: float) -> pd.DataFrame:
     "Own sides by set and metric against rivals by set, metric and method: a row for each comparison."
     columns = ["set", "metric", "rival", "printed", "difference", "p", "paired"]
@@ -358,6 +371,7 @@ def _cells_of(claim: Mapping, published: pd.DataFrame) -> set[tuple[str, str]]:
     return {*zip(of_table["set"], of_table["metric"]),
             *product(claim["sets"].split(";"), claim["metrics"].split(";"))}
 
+# %% ../../nbs/09_report/06_claims.ipynb #bf5c47f3
 def _rank_leads(claim: Mapping, measured: pd.DataFrame, published: pd.DataFrame, images: _Images):
     "The claim's method against every rival in every cell of its table that was measured on a complete set."
     cells = _cells_of(claim, published)
@@ -374,6 +388,7 @@ def _against(claim: Mapping, leads: pd.DataFrame, cell: tuple) -> pd.DataFrame:
     part = leads[(leads["set"] == cell.set) & (leads["metric"] == cell.metric)]
     return part[part["rival"].isin(_named(claim))] if _named(claim) else part
 
+# %% ../../nbs/09_report/06_claims.ipynb #adaa33d1
 def _decided(claim: Mapping, found: pd.DataFrame, leads: pd.DataFrame) -> pd.DataFrame:
     "Cells of `claim_cells`, held or failed only by what is clear; others are open."
     target, said = int(claim["target"]), []
@@ -390,6 +405,7 @@ def _some(names: list[str], most: int = 3) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
+# %% ../../nbs/09_report/06_claims.ipynb #813da5ae
 def _untold(claim: Mapping, cells: pd.DataFrame, leads: pd.DataFrame) -> tuple[str, str]:
     "Open cells with the rivals that are not told apart, and what would tell them apart; empty: none are."
     open_ = [c for c in cells.itertuples() if c.holds is None and c.rival]
@@ -411,6 +427,7 @@ def _in_groups(groups: Mapping[str, pd.Series], rows: pd.DataFrame) -> str:
     names = rows["set"] + " " + rows["metric"]
     return "; ".join(f"{why} {', '.join(names[mask])}" for why, mask in groups.items() if mask.any())
 
+# %% ../../nbs/09_report/06_claims.ipynb #9cef0010
 def _close(cells: pd.DataFrame, leads: pd.DataFrame) -> str:
     "Cells in which the best rival is not clearly behind or ahead, by reason."
     best = cells[["set", "metric", "rival"]].merge(leads, on=["set", "metric", "rival"])
@@ -445,6 +462,7 @@ def _ablation_leads(claim: Mapping, measured: pd.DataFrame, published: pd.DataFr
     p = [_student_p(d, e, k) for d, e, k in zip(rows["difference"], error, rows["n_paired"])]
     return _clearly(rows.assign(p=p), _unit(claim, published))
 
+# %% ../../nbs/09_report/06_claims.ipynb #472864aa
 def _ablation_cells(claim: Mapping, measured: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     "Each cell of an ablation: set, metric, value, rival_value, `PAIRED`, p, tie, holds (None: open)."
     named = ["method", "set", "metric"]
@@ -495,6 +513,7 @@ def _split_words(name: str) -> str:
     of, _, split = name.rpartition(" ")
     return f"split {split} of {of}" if of else f"test set of {name}"
 
+# %% ../../nbs/09_report/06_claims.ipynb #01db9b60
 def judge_count(
     claim: Mapping,  # of kind `count`; its sets are names such as TNO (the test split) or "MSRS full-train"
     n: int | None,  # pairs of these public splits together; None: unknown
@@ -520,6 +539,7 @@ def cells_in_words(
     where = f"not in: {describe_cells(failing).replace('; ', ', ')}" if len(failing) else ""
     return "; ".join([f"holds in {held} of {len(cells)} cells{left}", *filter(None, (where, *reasons))])
 
+# %% ../../nbs/09_report/06_claims.ipynb #f925af31
 def _ablation(claim: Mapping, measured: pd.DataFrame, published: pd.DataFrame) -> Judgement:
     "A claim that the network is better than one of its configurations."
     cells, parts = _ablation_cells(claim, measured, published), _parts(_own(claim, measured))
@@ -578,6 +598,7 @@ def _image_leads(claim: Mapping, again: pd.DataFrame, published: pd.DataFrame, i
     sides = {(r.set, r.metric): _Side(r.value) for r in own.itertuples()}
     return _leads(sides, _sides(again, images), _unit(claim, published))
 
+# %% ../../nbs/09_report/06_claims.ipynb #e4d1a16d
 def judge_images(
     claim: Mapping,  # of kind `rank`
     measured: pd.DataFrame,  # columns `MEASURED`: images that other methods publish
@@ -590,8 +611,9 @@ def judge_images(
     every = _rival_rows(claim, measured, published)
     again = every[every["set"].isin(claim["sets"].split(";")) & every["method"].isin(rivals)]
     if not len(again): return Judgement(None, "no image of a rival is at hand", "")
-    own = published[published["table"].astype(str).eq(claim["table"]) & published["method"].eq(claim["method"])]
-    among = claim_cells(claim, pd.concat([own[columns], again.rename(columns={"mean": "value"})[columns]]))
+    of_table = published[published["table"].astype(str) == claim["table"]]
+    own = of_table.loc[of_table["method"] == claim["method"], columns]
+    among = claim_cells(claim, pd.concat([own, again.rename(columns={"mean": "value"})[columns]]))
     counts = again.groupby("set")["method"].nunique()
     leads = _image_leads(claim, every, published, images)
     cells, whole = _decided(claim, among, leads), among["set"].map(counts) == len(rivals)

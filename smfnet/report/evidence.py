@@ -184,6 +184,7 @@ def _roles(frame: pd.DataFrame, roles: Mapping[str, str], networks: Mapping[str,
     own = [frame[frame["method"] == m].assign(method=role) for role, m in roles.items()]
     return pd.concat([*own, beside], ignore_index=True)
 
+# %% ../../nbs/09_report/07_evidence.ipynb #31ed898c
 def layer_numbers(
     measured: pd.DataFrame,  # columns `MEASURED`: networks by their methods, other methods, trivial rows
     networks: Mapping[str, Network],  # method -> whose network it is
@@ -212,10 +213,12 @@ def _on_scenes(claim: Mapping, rows: pd.DataFrame, published: pd.DataFrame) -> J
     said = judge_claim(claim, rows, published)
     return said._replace(**{k: getattr(said, k).replace(claim["sets"], "scenes") for k in ("why", "shows")})
 
+# %% ../../nbs/09_report/07_evidence.ipynb #ea191b09
 def _has_scenes(claim: Mapping) -> bool:
     "Whether rendered scenes can illustrate a claim: an ablation, or fused images against their sources."
-    return claim["kind"] == "ablation" or bool(claim["against"]) and set(claim["against"].split(";")) <= {*BASELINES}
+    return claim["kind"] == "ablation" or set(claim["against"].split(";")) <= {*BASELINES}
 
+# %% ../../nbs/09_report/07_evidence.ipynb #a3140000
 def _by_network(claim: Mapping, layer: str, numbers: Numbers, published: pd.DataFrame) -> Judgement:
     "What the networks of a layer say."
     rows = numbers.of(claim["kind"])
@@ -237,6 +240,7 @@ def _judgement(claim, layer, numbers, *, others, scores, published, expected) ->
     if layer == "other methods' images": return judge_images(claim, others, published, scores)
     return _by_network(claim, layer, numbers.get(layer, Numbers()), published)
 
+# %% ../../nbs/09_report/07_evidence.ipynb #c52b2c1a
 def _verdict(claim: Mapping, layer: str, said: Judgement) -> str:
     "The word of a layer for what its numbers say."
     if claim["kind"] == "qualitative": return LOOK if said.shows else UNTESTED
@@ -253,11 +257,13 @@ def _next_task(claim: Mapping) -> str:
     who = f"of {named} and ours" if named else f"of all methods of Table {claim['table']}"
     return f"images {who} on {claim['sets']}, and the notebook {what} on each"
 
+# %% ../../nbs/09_report/07_evidence.ipynb #8f69ede2
 def _next_count(claim: Mapping) -> str:
     "What would settle how many pairs a split has."
-    if " " in claim["sets"]: return "a list of these pairs, which nobody publishes, in the registry"
+    if " " in claim["sets"]: return "a published list of these pairs, counted by the registry itself"
     return "smfnet data add, with the whole public split"
 
+# %% ../../nbs/09_report/07_evidence.ipynb #ae4789c0
 def _next(claim: Mapping, layer: str, said: Judgement) -> str:
     "What would test an open claim; empty for a decided one."
     if said.holds is not None: return ""
