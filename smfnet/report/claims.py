@@ -568,11 +568,11 @@ def judge_claim(
     claim: Mapping,  # a row of `load_claims`, of kind `rank` or `ablation`
     measured: pd.DataFrame,  # columns `MEASURED`, for ablations `PAIRED` too; one row a cell; may be empty
     published: pd.DataFrame,  # all tables, of `smfnet.report.published.load_published`: the rivals
-    scores: pd.DataFrame | None = None,  # columns `SCORES` and metrics: single images; None: intervals serve
+    scores: pd.DataFrame | None = None,  # columns `SCORES` and metrics: single images of ranks; None: intervals serve
 ) -> Judgement:
     "What measured numbers say about a claim; `InputError` for unfit measurements and other kinds."
-    images = _by_image(scores, check_measured(measured))
-    if claim["kind"] == "rank": return _rank(claim, measured, published, images)
+    check_measured(measured)
+    if claim["kind"] == "rank": return _rank(claim, measured, published, _by_image(scores, measured))
     if claim["kind"] == "ablation": return _ablation(claim, measured, published)
     raise InputError(f"{claim['id']}: no measurement decides a claim of kind {claim['kind']!r}")
 

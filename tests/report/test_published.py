@@ -440,6 +440,14 @@ def test_scores_belong_to_their_means(claims, published, tmp_path):
     assert read_scores(tmp_path / "metrics.csv")["stem"].tolist() == ["007"]
 
 
+def test_scores_of_a_run_say_nothing_of_its_ablation(claims, published):
+    """The full network of an ablation was trained again: its means are others, and its seeds decide."""
+    scores, rows = single_images(published, 0.5, 0.2), measured_like_print(published)
+    numbers = {"our weights": Numbers(as_rows(scores), rows.query("set == 'RoadScene'"), scores)}
+    found = verdicts(claims, published, numbers=numbers, expected=expected_images, layers=["our weights"])
+    assert found.set_index("id").loc[["3.2-j", "4-a"], "verdict"].tolist() == ["reproduced", "reproduced"]
+
+
 def test_a_network_of_several_seeds_has_no_interval_over_images(claims, published):
     """Means over seeds come without an interval; a rank then waits for single images."""
     rows = measured_like_print(published, half=float("nan")).query("method == 'ours'")
