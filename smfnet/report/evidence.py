@@ -208,10 +208,11 @@ def layer_numbers(
 
 # %% ../../nbs/09_report/07_evidence.ipynb #688de503
 def _on_scenes(claim: Mapping, rows: pd.DataFrame, published: pd.DataFrame) -> Judgement:
-    "Rendered scenes in the place of the claim's set."
-    rows = rows[rows["set"] == "scenes"].assign(set=claim["sets"], complete_set=True)
+    "Rendered images in the place of the claim's set: scenes of the ablation, streets of the tasks."
+    place = "scenes" if claim["kind"] == "ablation" else "streets"
+    rows = rows[rows["set"] == place].assign(set=claim["sets"], complete_set=True)
     said = judge_claim(claim, rows, published)
-    return said._replace(**{k: getattr(said, k).replace(claim["sets"], "scenes") for k in ("why", "shows")})
+    return said._replace(**{k: getattr(said, k).replace(claim["sets"], place) for k in ("why", "shows")})
 
 # %% ../../nbs/09_report/07_evidence.ipynb #ea191b09
 def _has_scenes(claim: Mapping) -> bool:

@@ -697,10 +697,10 @@ def test_every_check_has_a_claim(claims):
 
 
 @pytest.mark.parametrize(("fused", "verdict"), [(0.5, "agrees"), (0.3, "disagrees"), (0.41, "open")])
-def test_rendered_scenes_illustrate_what_fusion_brings(claims, published, fused, verdict):
+def test_rendered_streets_illustrate_what_fusion_brings(claims, published, fused, verdict):
     """A machine on fused scenes against one on each source; only a stand-in may say so."""
     rows = pd.DataFrame({"method": ["ours", "infrared", "visible"], "mean": [fused, 0.35, 0.4]})
-    rows = rows.assign(set="scenes", metric="mIoU", n=100, complete_set=None)
+    rows = rows.assign(set="streets", metric="mIoU", n=100, complete_set=None)
     rows = rows.assign(low=rows["mean"] - 0.02, high=rows["mean"] + 0.02)
     assert judged(claims, published, rows, "stand-ins").loc["5-b", "verdict"] == verdict
     assert judged(claims, published, rows, "our weights").loc["5-b", "verdict"] == "not tested"
