@@ -416,7 +416,9 @@ def _untold(claim: Mapping, cells: pd.DataFrame, leads: pd.DataFrame) -> tuple[s
     lone = list(dict.fromkeys(every.loc[every["printed"], "rival"]))
     what = "more images than these test sets have"
     if lone: what = f"images of {_some(lone)} in DIR/fused/<set>/<method>, to compare image by image"
-    if every["p"].isna().any(): what = "scores of single images (metrics.csv of the stage evaluate)"
+    lacks = "scores of single images (metrics.csv of the stage evaluate)"
+    if claim["table"] in OWN_MACHINE: lacks = "intervals of the differences (the notebook downstream)"
+    if every["p"].isna().any(): what = lacks
     best = "the best" if claim["target"] == "1" else f"the best {claim['target']}"
     where = ", ".join(f"{name} from {_some(list(part['rival']))}" for name, part in rows.items())
     return f"among {best}, but not told apart: {where}", what
