@@ -570,7 +570,7 @@ def judge_claim(
     claim: Mapping,  # a row of `load_claims`, of kind `rank` or `ablation`
     measured: pd.DataFrame,  # columns `MEASURED`, for ablations `PAIRED` too; one row a cell; may be empty
     published: pd.DataFrame,  # all tables, of `smfnet.report.published.load_published`: the rivals
-    scores: pd.DataFrame | None = None,  # columns `SCORES` and metrics: single images of ranks; None: intervals serve
+    scores: pd.DataFrame | None = None,  # columns `SCORES` and metrics; None: intervals serve
 ) -> Judgement:
     "What measured numbers say about a claim; `InputError` for unfit measurements and other kinds."
     check_measured(measured)
