@@ -246,7 +246,8 @@ def claim_cells(
     values: pd.DataFrame,  # tidy: set, method, metric, value; one value a cell
 ) -> pd.DataFrame:  # one row a set and metric: columns `CELL`; `holds` is None where it cannot be judged
     "Judge a claim of kind `rank` or `ablation` in every cell that it speaks of; other kinds have no cells."
-    columns, rows = values[~values["method"].isin(BASELINES)].groupby(["set", "metric"]), []
+    trivial = {*BASELINES} - {*_split(claim["against"])}
+    columns, rows = values[~values["method"].isin(trivial)].groupby(["set", "metric"]), []
     named = product(_split(claim["sets"]), _split(claim["metrics"]))
     for key in named if claim["kind"] in ("rank", "ablation") else ():
         part = columns.get_group(key) if key in columns.groups else values[:0]

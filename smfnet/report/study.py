@@ -63,12 +63,14 @@ def set_folders(
 
 # %% ../../nbs/09_report/09_study.ipynb #d9218373
 def expected_images(
-    name: str,  # of a set
-) -> int | None:  # images of the published test split, or None where no count is known
-    "The number of images of the whole published test split."
-    known = _registered(name)
-    splits = known.splits.values() if known else ()
-    return max((s.count for s in splits if "test" in s.name and s.count), default=None)
+    name: str,  # of a set, for its test split; or of a set and a split, e.g. "MSRS full-train"
+) -> int | None:  # images of the published split, or None where no count is known but the paper's own
+    "The number of images of the whole published test split, or of the split that is named."
+    known, (of, _, split) = _registered(name), name.rpartition(" ")
+    named = _registered(of) if of and known is None else None
+    splits = [s for s in known.splits.values() if "test" in s.name] if known else []
+    if named and split in named.splits: splits = [named.splits[split]]
+    return max((s.count for s in splits if s.count and s.counted_by != "the paper"), default=None)
 
 # %% ../../nbs/09_report/09_study.ipynb #514cfd88
 def is_medical(
