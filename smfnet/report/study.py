@@ -174,7 +174,7 @@ def summarise_sets(
     origin: Mapping[tuple[str, str], str] | None = None,  # (set, method) -> where the images came from
     seeds: Mapping[tuple[str, str], int] | None = None,  # (set, method) -> seed of its training, if any
 ) -> pd.DataFrame:  # index (set, method, metric); mean, low, high, n, undefined, protocol, origin, seed
-    "Means over images with bootstrap intervals, for all methods of all sets."
+    "Means over images with t intervals, for all methods of all sets."
     if not tables:
         raise InputError("sets: nothing was measured; name at least one set that has fused images")
     parts = {}

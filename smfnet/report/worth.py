@@ -8,7 +8,7 @@ __all__ = ['TREATMENTS', 'AS_THEY_ARE', 'COLUMNS', 'GRID', 'Treatment', 'cut_off
            'printed_leads', 'choose_setting', 'correlations', 'predictions', 'lead_chart', 'treatment_map',
            'redundancy_map', 'stability_map', 'pleasing_picture', 'measure_worth', 'read_worth', 'treatment_words',
            'sample_words', 'print_words', 'pleasing_words', 'redundancy_words', 'prediction_words', 'networks_of',
-           'worth_words', 'choose_pleasing', 'write_tables', 'write_worth', 'draw_worth']
+           'worth_words', 'choose_pleasing', 'save_tables', 'write_worth', 'draw_worth']
 
 # %% ../../nbs/09_report/12_worth.ipynb #99c29313
 import html
@@ -567,7 +567,7 @@ def choose_pleasing(
     pairs = load_pairs(train, leave_out=set(leave_out), progress=False)[::every]
     return choose_setting(pairs, dict(zip(rows["metric"], rows["value"])))
 
-def write_tables(
+def save_tables(
     tables: Mapping[str, pd.DataFrame],  # name -> table
     out: str | Path,  # folder
 ) -> None:
