@@ -331,8 +331,8 @@ def lead_chart(
 ) -> Figure:
     "A panel a column: distance of each method from the best, filled where it falls behind for certain."
     fig, axes = plt.subplots(2, 4, figsize=(11, 1.4 + 0.34 * table["method"].nunique()), layout="constrained")
-    for ax, (metric, part) in zip(axes.flat, table.groupby("metric", sort=False)):
-        part = part.sort_values("difference")
+    for ax, metric in zip(axes.flat, COLUMNS):
+        part = table[table["metric"] == metric].sort_values("difference")
         certain = part["behind"].to_numpy()
         colours = np.where(certain, "#999999", "#d95f02")
         ax.hlines(part["method"], part["low"], part["high"], color=colours, lw=1.5)
