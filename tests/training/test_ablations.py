@@ -299,15 +299,17 @@ def test_ablation_notebooks(scenes, tmp_path, root):
     rows, made = pd.read_csv(out / "ablation.csv"), json.loads((out / "ablation.json").read_text())
     assert set(rows["seed"]) == {0, 1} and set(made["seconds_training"]) == {"0", "1"}
     assert rows.groupby(["seed", "metric"]).size().eq(2).all()
-    both = pd.concat([rows, rows.assign(config="ours", value=rows["value"] + 1, revision="older")])
+    full = rows["value"] + 1 + rows["seed"] / 10  # so that differences have a spread over seeds
+    both = pd.concat([rows, rows.assign(config="ours", value=full, revision="older")])
     both.to_csv(tmp_path / "rows.csv", index=False)
     table5 = root / "nbs/experiments/table5.ipynb"
     run_notebook(table5, tmp_path / "table5", root, results=[str(tmp_path / "rows.csv")])
-    table = pd.read_csv(tmp_path / "table5/table5.csv").set_index(["config", "metric"])
-    assert abs(table.loc[("inn", "VIF"), "difference"] + 1) < 1e-9  # sums of float64: exact to 15 digits
-    assert table.loc[("inn", "VIF"), "n_seeds"] == 2
+    cells = pd.read_csv(tmp_path / "table5/table5.csv").set_index(["config", "metric"])
+    assert abs(cells.loc[("inn", "VIF"), "spread"] - 0.1 / 2**0.5) < 1e-9
+    assert cells.loc[("inn", "VIF"), "n"] == 2 and cells["excludes_0"].any()
     text = (tmp_path / "table5/table5.md").read_text()
     assert "Computed earlier at revision older" in text and "Not measured: two-stage both cc_G" in text
+    assert "Tried: 2 configurations with 2 seeds each" in text and "| inn" not in text
 
 
 def test_registry_and_defaults_agree():
