@@ -171,7 +171,7 @@ def test_a_registry_of_the_user_adds_and_replaces_aloud(place, checkpoint, site,
     remark = "weights 'released' are those of data/weights/weights.json, not of the package's registry"
     assert remark in capsys.readouterr().out and w.origin == "authors"
     assert find_weights("other").name == "other" and not capsys.readouterr().out
-    assert list(zoo()) == ["tiny", "released", "other"] and identify(checkpoint).name == "released"
+    assert list(zoo()) == ["tiny", "released", "paper", "other"] and identify(checkpoint).name == "released"
 
 
 # --- downloads ----------------------------------------------------------------------------------------------
