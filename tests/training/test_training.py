@@ -620,7 +620,7 @@ for stage in (1, 2):
     assert one.keys() == two.keys()
     assert abs(one.pop("loss") / two.pop("loss") - 1) < 1e-5
     a, b = (torch.cat([g[k].flatten().double() for k in sorted(g)]) for g in (one, two))
-    print(((a - b).norm() / a.norm()).item())
+    print(((a - b).norm() / a.norm()).item(), flush=True)  # else forked processes may print it again
 """
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path), str(HERE)],
