@@ -35,7 +35,7 @@ from ..metrics import evaluate
 from ..metrics.comparison import best_of, compare_all, holm, verdicts
 from ..metrics.files import gray_levels, join_colour, match_files, read_gray
 from .stretch import stretch_levels
-from .study import SetFolders, measure_set, show_pixels
+from .study import SetFolders, measure_set, scene_images, show_pixels
 from .tables import SAVED
 
 # %% ../../nbs/09_report/12_worth.ipynb #6a8bd748
@@ -391,8 +391,7 @@ def pleasing_picture(
     stem: str,  # of the pair
 ) -> Figure:
     "Sources and fused images of one pair, each with a magnified middle."
-    sources = {"infrared": place.ir, "visible": place.vis}
-    shown = {name: show_pixels(_image(folder, stem)) for name, folder in {**sources, **methods}.items()}
+    shown = scene_images(place, methods, stem)
     fig, axes = plt.subplots(2, len(shown), figsize=(2.5 * len(shown), 4.2), layout="constrained")
     for (top, below), (name, x) in zip(axes.T, shown.items()):
         h, w = x.shape[:2]
@@ -402,12 +401,6 @@ def pleasing_picture(
             ax.axis("off")
         top.set_title(name, fontsize=9)
     return fig
-
-def _image(folder: Path, stem: str) -> Path:
-    found = sorted(folder.glob(f"{stem}.*"))
-    if len(found) != 1:
-        raise InputError(f"{folder}: {len(found)} images named {stem}.*; there must be one")
-    return found[0]
 
 # %% ../../nbs/09_report/12_worth.ipynb #43cd41ab
 def measure_worth(
