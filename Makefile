@@ -34,7 +34,7 @@ $(foreach name,VENV CONSTRAINTS,$(if $(call GIVEN,$(name)),$(if $(call ODD,$(nam
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install reproduce reproduce-full test browser app bench lint export clean
+.PHONY: help install reproduce reproduce-full test docs browser app bench lint export clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -65,6 +65,9 @@ test: $(STAMP)  ## test the notebooks and tests/ (JOBS=2, FLAGS="slow cuda" for 
 	@rm -f .last-test-count; status=0; \
 	$(BIN)/python -m pytest -n "$$JOBS" --notebook-flags "$$FLAGS" $(ARGS) || status=$$?; \
 	cat .last-test-count 2>/dev/null || echo "0 passed, 1 failed"; exit $$status
+
+docs: reproduce  ## the site, into _docs/site: all notebooks, with the experiments as this machine's last demo run left them
+	@$(BIN)/python docs/build.py _docs/site && echo "open _docs/site/index.html"
 
 browser:  ## install Chromium, which the browser tests need (Debian, Ubuntu; or set SMFNET_CHROMIUM=/path/to/chrome)
 	@if [ -n "$$SMFNET_CHROMIUM" ] || command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null; then echo "Chromium is here"; \

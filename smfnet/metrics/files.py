@@ -144,6 +144,11 @@ def _joined(problems: list[str]) -> InputError:
         "; ".join(problems[:10]) + more + "; every stem needs one image of one size in each folder"
     )
 
+def _left_out(files: list[Path]) -> str:
+    "A sentence on fused images that are not of this test set."
+    few = ", ".join(f.name for f in files[:3]) + ", …" * (len(files) > 3)
+    return f"{files[0].parent}: {len(files)} without a source left out ({few})"
+
 def _resolved(role: str, folder: str | Path) -> Path:
     "A source folder, also by the root that holds it."
     folder = Path(folder)
@@ -156,6 +161,7 @@ def match_files(
     names: Sequence[str] | None = None,  # one pattern a role, see the notebook on matching
     recursive: bool = False,  # images may lie in subfolders
     problems: dict[str, str] | None = None,  # receives what does not match; None: that is an `InputError`
+    remarks: list[str] | None = None,  # receives a sentence on fused images that have no source
     **folders: str | Path,  # role -> folder, e.g. fused=, ir=, vis=
 ) -> dict[str, dict[str, Path]]:  # stem -> role -> file, sorted by stem
     "Match the images of several folders by name; `InputError` lists unpaired files and different sizes."
@@ -165,6 +171,9 @@ def match_files(
     for key, files in sorted(groups.items()):
         if problem := _pairing_problem(key, files, folders): found[key] = problem
         else: matched[_stem_of(files, folders)] = {role: files[role][0] for role in folders}
+    if matched and found and all(set(groups[key]) == {"fused"} for key in found):
+        if remarks is not None: remarks.append(_left_out([groups[key]["fused"][0] for key in found]))
+        found = {}
     for stem in list(matched) if problems is not None or not found else ():
         if problem := _size_problem(matched[stem]): found[stem] = problem
     if found and problems is None:

@@ -119,7 +119,8 @@ def evaluate_folder(
     "Measure every fused image of a folder; undefined values are listed in `.attrs` and warned about."
     p, problems = get_protocol(protocol), None if strict else {}
     patterns = None if names is None else (names[-1], *names)  # fused images carry the visible name
-    matched = match_files(fused=fused, ir=ir, vis=vis, names=patterns, recursive=recursive, problems=problems)
+    folders, remarks = {"fused": fused, "ir": ir, "vis": vis}, []
+    matched = match_files(names=patterns, recursive=recursive, problems=problems, remarks=remarks, **folders)
     if vis_range is None: vis_range = common_range(files["vis"] for files in matched.values())
     measure = partial(evaluate_files, protocol=p, ranges={"ir": range, "vis": vis_range})
     if not strict: measure = partial(_attempt, measure=measure)
@@ -129,6 +130,7 @@ def evaluate_folder(
         desc=f"{Path(fused).name} ({p.name})", unit="image", show=progress,
     )
     table = _collected(dict(zip(matched, found, strict=True)), p.name, problems)
+    if remarks: table.attrs["notes"] = [*remarks, *table.attrs.get("notes", ())]
     shared = clusters_of(Pair(stem, f["ir"], f["vis"]) for stem, f in matched.items() if stem in table.index)
     if shared: table.attrs["clusters"] = shared
     return table

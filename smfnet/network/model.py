@@ -303,12 +303,36 @@ def load(
 @patch(cls_method=True)
 def from_pretrained(
     cls: SMFNet,
-    name: str = "tiny",  # a model that ships with the package
+    name: str | Path = "tiny",  # shipped with the package; or user/name of Hugging Face, or a folder
+    **options,  # of the hub: revision, token, cache_dir, local_files_only, force_download
 ) -> SMFNet:  # in evaluation mode, on the CPU
-    "Load weights that ship inside the package; raises `InputError` for an unknown name."
+    "Load weights that are shipped, on the hub or in a folder; `InputError` for an unknown name."
+    if "/" in str(name) or Path(name).is_dir():
+        from smfnet.network.hub import from_hub
+        return from_hub(name, **options)
     folder = Path(str(files("smfnet"))) / "weights"
     shipped = sorted(p.stem for p in folder.glob("*.safetensors"))
     if name not in shipped:
         available = ", ".join(shipped) or "none"
         raise InputError(f"{name!r}: not shipped with this package; available: {available}")
     return cls.load(folder / f"{name}.safetensors")
+
+@patch
+def save_pretrained(
+    self: SMFNet,
+    folder: str | Path,  # receives weights, configuration and card
+    **options,  # of the mixin of Hugging Face
+) -> None:
+    "Write what a repository of Hugging Face holds; needs the extra `hub`."
+    from smfnet.network.hub import save_on_disk
+    save_on_disk(self, folder, **options)
+
+@patch
+def push_to_hub(
+    self: SMFNet,
+    name: str,  # of the repository, such as user/name
+    **options,  # private, token, commit_message, branch
+) -> str:  # address of the commit
+    "Publish weights, configuration and card on Hugging Face; needs the extra `hub`."
+    from smfnet.network.hub import push
+    return push(self, name, **options)
