@@ -14,6 +14,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 NO_PAGE = {NBS / "index.ipynb"}  # its text is README.md, and that is the start page
@@ -233,7 +235,10 @@ def stage(out: Path, url: str, runs: Path) -> None:
     kept = [p for folder in ("figures", "results/bench") for p in (ROOT / folder).glob("*.png")]
     for p in [*kept, *results.figures()]:
         (out / p.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(p, out / p.relative_to(ROOT))
+        if p in kept:
+            shutil.copyfile(p, out / p.relative_to(ROOT))
+        else:  # large, and read on a phone
+            Image.open(p).save((out / p.relative_to(ROOT)).with_suffix(".webp"), quality=85)
     (out / "results.md").write_text(results.page(), encoding="utf-8")
     (out / "index.md").write_text(start_page(url), encoding="utf-8")
     for name in ("CONTRIBUTING.md", "CHANGELOG.md"):

@@ -98,7 +98,7 @@ def figures() -> list[Path]:
 
 def gallery() -> list[str]:
     """The figures as Markdown."""
-    shown = [f"![{p.stem}]({p.relative_to(ROOT).as_posix()})\n" for p in figures()]
+    shown = [f"![{p.stem}]({p.relative_to(ROOT).with_suffix('.webp').as_posix()})\n" for p in figures()]
     if not shown:
         return []
     text = (
@@ -120,6 +120,8 @@ def page() -> str:
     for weights, part in rows.groupby("weights", sort=False):
         lines += [f"## Table 1 with weights `{weights}`", "", f"Measured {made(runs[weights])}.", ""]
         for name, table in part.groupby("set", sort=False):
+            if "images" in table and table["images"].isna().all():
+                table = table.drop(columns="images")
             lines += ["```{raw} html", to_html(table.reset_index(drop=True), name), "```", ""]
     return "\n".join([*lines, *verdicts(), "", *gallery(), ""])
 
