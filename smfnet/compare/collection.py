@@ -308,9 +308,10 @@ def chosen_folder(
     models: Mapping[str, object] | None = None,  # name -> anything with fuse(vis=, ir=)
 ) -> list[Collection]:  # at least one
     "Open what a folder holds; `InputError` says what is missing."
-    place = user_path(folder)
-    if not str(folder).strip() or not place.is_dir():
-        raise InputError(f"{folder}: no such folder; give one that holds ir/ and vi/, or data sets")
+    place = user_path(folder) if str(folder).strip() else None
+    if place is None or not place.is_dir():
+        problem = "folder: nothing is named" if place is None else f"{folder}: no such folder"
+        raise InputError(f"{problem}; give one that holds ir/ and vi/, or data sets")
     place = place.resolve()
     if sets := found_sets(place):
         fused = fused_folder(place)

@@ -49,7 +49,7 @@ function gone(place) { if (place.src) URL.revokeObjectURL(place.src); }
 
 COMMON_CSS = """
 .smf { font: 13px/1.4 system-ui, sans-serif; width: 100%; color-scheme: inherit;
-  color: var(--jp-ui-font-color1, CanvasText); background: var(--jp-layout-color0, Canvas); }
+  color: var(--jp-ui-font-color1, CanvasText); }
 .smf-note { min-height: 1.4em; color: var(--jp-ui-font-color2, CanvasText); overflow-wrap: anywhere; }
 .smf :focus-visible { outline: 3px solid #0072b2; outline-offset: 1px; }
 .smf-hole, .smf-wait { display: flex; align-items: center; justify-content: center;
@@ -60,6 +60,7 @@ COMMON_CSS = """
 .smf-bar { display: flex; flex-wrap: wrap; gap: 6px; align-items: center; margin: 4px 0; }
 .smf-button { font: inherit; color: inherit; min-width: 28px; cursor: pointer; border: 1px solid #767676;
   border-radius: 3px; background: var(--jp-layout-color2, ButtonFace); }
+.smf-button:disabled { opacity: .5; cursor: default; }
 """
 
 # %% ../../nbs/10_compare/02_swipe.ipynb #9a4d2094

@@ -277,8 +277,9 @@ def _arrange(self: Upload) -> None:
     "Files above, views below, explanations at the end."
     controls = row(self.example, self.method, self.other, self.download)
     for button in (self.example, self.download): button.layout = w.Layout(width="auto", margin="0 8px 0 0")
-    views = side_by_side(self.swipe, self.zoom)
-    self.children = [side_by_side(*self.picks.values(), width="260px"), controls, self.message, views, about(self.models)]
+    self.views = side_by_side(self.swipe, self.zoom)
+    self.views.layout.display = "none"  # until there is a pair
+    self.children = [side_by_side(*self.picks.values(), width="260px"), controls, self.message, self.views, about(self.models)]
 
 # %% ../../nbs/10_compare/08_uploads.ipynb #da033255
 @patch
@@ -343,6 +344,7 @@ def _draw(self: Upload) -> None:
 def _show(self: Upload, pair: _Pair) -> None:
     "Bring what is there to the screen."
     *panes, other = pair.names
+    self.views.layout.display = "flex"
     self.zoom.set({m: pair.shown(m) for m in panes}, pair.numbers)
     self.swipe.set(pair.shown(other), pair.shown(pair.method), titles=(other, pair.method))
     self.download.ready = pair.method in pair.images

@@ -107,6 +107,7 @@ function renewer(model, grid, note, s, look) {
     for (const {frame} of all) pointer(frame, s);
     write();
     grid.replaceChildren(...all.map(({pane}) => pane));
+    grid.classList.toggle("smf-four", all.length === 4);
     look();
     s.apply();
     if (all[held]) all[held].frame.focus({preventScroll: true});
@@ -145,6 +146,7 @@ ZOOM_JS = (
 ZOOM_CSS = COMMON_CSS + """
 .smf-grid { display: grid; gap: 6px;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 180px), 1fr)); }
+@media (min-width: 700px) { .smf-four { grid-template-columns: repeat(2, minmax(0, 270px)); } }
 .smf-pane { margin: 0; max-width: calc(50vh * 1.6); }
 .smf-frame { position: relative; overflow: hidden; aspect-ratio: var(--ratio, 1.33); cursor: grab;
   touch-action: pan-y; user-select: none; background: #555; }
