@@ -17,8 +17,8 @@ from fastcore.basics import patch
 from PIL import Image
 
 from smfnet.compare.collection import (
-    ABOUT, Collection, about, captions, chosen_folder, found_sets, fused_folder, gray, lines, live_models, means,
-    open_collection, score_table,
+    ABOUT, Collection, about, captions, chosen_folder, found_sets, fused_folder, gray, lines, live_models,
+    means, open_collection, score_table,
 )
 from .display import montage
 from .panel import Panel, watch
@@ -132,7 +132,8 @@ def _controls(self: Browser) -> None:
     self.left, self.right, self.grey = choice("left"), choice("right"), tick("grey", False)
     self.over_set = w.ToggleButton(description="set means", tooltip="measure all pairs of the set")
     self.folder = w.Combobox(
-        description="folder", placeholder="with ir/ and vi/, or with sets", style={"description_width": "initial"},
+        description="folder", placeholder="with ir/ and vi/, or with sets",
+        style={"description_width": "initial"},
         layout=w.Layout(width="auto", flex="0 1 340px", min_width="0"),
     )
     self.open = w.Button(description="open", layout=w.Layout(width="auto"))
@@ -231,9 +232,10 @@ def _show(self: Browser, look: Look) -> None:
 def _means(self: Browser, look: Look) -> str:
     "The table of the means so far, as HTML."
     if not look.rows: return ""
-    n, all_ = len(look.rows), len(look.known.stems)
-    caption = f"means over {n} of {all_} pairs of {look.known.label}, protocol of Table 1; ★ best, ☆ second best"
-    return f'<div class="smf-means" style="overflow-x:auto">{score_table(means(look.rows), caption=caption)}</div>'
+    counted = f"{len(look.rows)} of {len(look.known.stems)} pairs of {look.known.label}"
+    caption = f"means over {counted}, protocol of Table 1; ★ best, ☆ second best"
+    table = score_table(means(look.rows), caption=caption)
+    return f'<div class="smf-means" style="overflow-x:auto">{table}</div>'
 
 # %% ../../nbs/10_compare/06_browser.ipynb #d1e087c1
 @patch
@@ -271,10 +273,10 @@ def still(self: Browser) -> Image.Image:
 
 # %% ../../nbs/10_compare/06_browser.ipynb #b29b6c84
 def browse(
-    sets: Sequence[str | Path] | None = None,  # of the registry, or folders of ir/ and vi/; None: what is here
+    sets: Sequence[str | Path] | None = None,  # names, or folders of ir/ and vi/; None: what is here
     *,
     weights: str | Path | None = "tiny",  # model that fuses live; None for none
-    fused: str | Path | None = None,  # folder that holds <set>/<method>/<stem>.png; None: `fused` beside the sets
+    fused: str | Path | None = None,  # holds <set>/<method>/<stem>.png; None: `fused` beside the sets
 ) -> Browser:
     "A browser over sets and folders; what cannot be opened becomes a message, with scenes in its place."
     problems, found = [], []

@@ -116,7 +116,8 @@ class MetricsExplorer(Panel):
         self.swipe = Swipe(blank, blank)
         self.swipe.follow(self.pair, self.method)
         controls = w.VBox([row(self.pair, self.method), *self.sliders.values(), self.reset])
-        self.children = [self.message, side_by_side(self.swipe, controls, width="320px"), self.table, about(collection.models)]
+        views = side_by_side(self.swipe, controls, width="320px")
+        self.children = [self.message, views, self.table, about(collection.models)]
         watch(self, self._draw, self.pair, self.method, *self.sliders.values())
         self.reset.on_click(self.guard(lambda button: self.undo()))
         self.guard(self._draw)()
@@ -202,7 +203,7 @@ def explore_metrics(
     name: str | Path = "scenes:test",  # a set of the registry, or a folder that holds ir/ and vi/
     *,
     weights: str | Path | None = "tiny",  # model that fuses live; None for the trivial rules alone
-    fused: str | Path | None = None,  # folder that holds <set>/<method>/<stem>.png; None: `fused` beside the sets
+    fused: str | Path | None = None,  # holds <set>/<method>/<stem>.png; None: `fused` beside the sets
 ) -> MetricsExplorer:
     "Metric against eye on a set; what cannot be opened becomes a message, and scenes are shown instead."
     problems = []

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .browser import choice, row, side_by_side, tick
-from .collection import fit, live_limit, score_table, tensors, weights_note
+from .collection import INK, fit, live_limit, score_table, tensors, weights_note
 from .display import montage
 from .panel import Panel, watch
 from .swipe import Swipe
@@ -266,7 +266,7 @@ def _effect(name: str, whole: np.ndarray, part: np.ndarray, content: Content) ->
     table = score_table(scores, marked=False, caption="nine metrics, protocol of Table 1")
     change = np.abs(whole.astype(float) - part).mean()
     return (
-        f'<div class="smf-effect" style="color:var(--jp-ui-font-color1, CanvasText)">{name}: differs from the whole network '
+        f'<div class="smf-effect" style="color:{INK}">{name}: differs from the whole network '
         f'by {change:.2f} grey levels on average</div><div style="overflow-x:auto">{table}</div>'
     )
 

@@ -98,7 +98,7 @@ def careful(self: Panel):
         self._depth += 1
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # remarks of decoders on damaged files, which have our sentence
+                warnings.simplefilter("ignore")  # of decoders on damaged files, which have our sentence
                 yield
         except Exception as e: self._explain(e)
         finally: self._depth -= 1

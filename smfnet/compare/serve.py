@@ -63,7 +63,7 @@ def _server(folder: Path) -> type:
 
 # %% ../../nbs/10_compare/11_serve.ipynb #d4b60871
 def main(
-    argv: Sequence[str] | None = None,  # options of Voilà, e.g. --port=8866 --no-browser; None: of the program
+    argv: Sequence[str] | None = None,  # options of Voilà, e.g. --port=8866; None: of the program
     folder: str | Path | None = None,  # see `pages`
 ) -> int:  # exit status
     "Serve the pages until interrupted; sets in `data/` of the present folder are found, as with SMFNET_DATA."

@@ -203,7 +203,8 @@ function drawer(model, part, s, look, text) {
   let newest = 0;
   return async () => {
     const own = ++newest, bytes = ["left", "right"].map((k) => model.get(k));
-    const places = await Promise.all(bytes.map((b, i) => picture(b, SIDES[i], (model.get("places") || [])[i])));
+    const texts = model.get("places") || [];
+    const places = await Promise.all(bytes.map((b, i) => picture(b, SIDES[i], texts[i])));
     if (own !== newest) return places.forEach(gone);
     for (const [i, k] of ["left", "right"].entries()) {
       places[i].alt = model.get(k + "_title") || k + " image";

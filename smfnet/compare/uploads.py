@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from PIL import Image
 
 from .browser import choice, row, side_by_side
-from .collection import ABOUT, Collection, about, captions, lines, live_models
+from .collection import ABOUT, SOURCES, Collection, about, captions, lines, live_models
 from .display import montage, show
 from .panel import Panel, watch
 from .swipe import COMMON_CSS, COMMON_JS, Swipe
@@ -122,7 +122,8 @@ def receive(
 # %% ../../nbs/10_compare/08_uploads.ipynb #db4f2016
 DOWNLOAD_JS = COMMON_JS + r"""
 function render({model, el}) {
-  const root = add(el, "div", "smf"), button = add(root, "button", "smf-button smf-download", model.get("label"));
+  const root = add(el, "div", "smf");
+  const button = add(root, "button", "smf-button smf-download", model.get("label"));
   button.onclick = () => model.send({wanted: true});
   const look = () => { button.disabled = !model.get("ready"); };
   model.on("change:ready", look);
@@ -279,7 +280,8 @@ def _arrange(self: Upload) -> None:
     for button in (self.example, self.download): button.layout = w.Layout(width="auto", margin="0 8px 0 0")
     self.views = side_by_side(self.swipe, self.zoom)
     self.views.layout.display = "none"  # until there is a pair
-    self.children = [side_by_side(*self.picks.values(), width="260px"), controls, self.message, self.views, about(self.models)]
+    files = side_by_side(*self.picks.values(), width="260px")
+    self.children = [files, controls, self.message, self.views, about(self.models)]
 
 # %% ../../nbs/10_compare/08_uploads.ipynb #da033255
 @patch
@@ -335,8 +337,8 @@ def _draw(self: Upload) -> None:
     if self.collection is None: return
     names = ("infrared", "visible", self.method.value, self.other.value)
     pair = self.pair = _Pair(self.collection, self.method.value, names)
-    soon, slow = ("infrared", "visible"), [n for n in dict.fromkeys(names) if n not in ("infrared", "visible")]
-    for name in soon: pair.find(name)
+    slow = [n for n in dict.fromkeys(names) if n not in SOURCES]
+    for name in SOURCES: pair.find(name)
     self._show(pair)
     self.later([*(partial(pair.find, n) for n in slow), pair.measure], partial(self._show, pair))
 

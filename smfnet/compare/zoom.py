@@ -45,8 +45,9 @@ function caption(text, title, values, about) {
   }
 }
 async function panes(model) {
-  const titles = model.get("titles");
-  const places = await Promise.all(model.get("images").map((bytes, i) => picture(bytes, "smf-zoomed", model.get("places")[i])));
+  const titles = model.get("titles"), texts = model.get("places");
+  const load = (bytes, i) => picture(bytes, "smf-zoomed", texts[i]);
+  const places = await Promise.all(model.get("images").map(load));
   return places.map((img, i) => {
     const pane = document.createElement("figure"), frame = add(pane, "div", "smf-frame");
     pane.className = "smf-pane";

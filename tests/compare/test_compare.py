@@ -410,7 +410,7 @@ def test_unknown_method_and_pair_are_named():
 
 
 def test_sets_of_this_machine_are_found(tmp_path, monkeypatch):
-    """Sets below SMFNET_DATA are offered after the rendered scenes; at most four methods are ticked, with ours."""
+    """Sets below SMFNET_DATA are offered after the scenes; at most four methods are ticked, with ours."""
     set_ = registry()["M3FD"]
     for side in ("ir", "vis"):
         place = tmp_path / set_.split("fusion").folder / set_.sides[side]
@@ -469,7 +469,9 @@ def test_what_was_overtaken_is_dropped(monkeypatch):
     for stem in found.stems[1:11]:
         panel.pair.value = stem
         name = dict(zip(panel.zoom.titles, panel.zoom.images))
-        assert (decoded(name["infrared"]) == found.image(stem, "infrared")).all(), "sources wait for the network"
+        assert (decoded(name["infrared"]) == found.image(stem, "infrared")).all(), (
+            "sources wait for the network"
+        )
         assert name["slow"] == b"" and panel.swipe.right == b"" and panel.zoom.places[2] == "fusing …"
         time.sleep(0.02)
     panel.wait()
