@@ -619,20 +619,17 @@ def test_never_an_old_picture_under_a_new_name(tmp_path_factory):
 @once_more
 def test_sets_of_this_machine_and_a_folder_in_voila(tmp_path_factory):
     """Sets below SMFNET_DATA come with other methods' images; a folder is opened in the page; means."""
+    from smfnet.data.registry import registry
     from smfnet.data.scenes import render_scene
 
-    folder = tmp_path_factory.mktemp("sets")
+    folder, known = tmp_path_factory.mktemp("sets"), registry()["M3FD"]
     scenes = [render_scene(300 + i, size=(120, 160)) for i in range(2)]
-    for place in ("data/M3FD/M3FD_Fusion", "mine"):
-        for i, scene in enumerate(scenes if place == "mine" else scenes[:1]):
-            for side, image in (("ir", scene.ir), ("vi", scene.vis)):
-                target = (
-                    folder / place / {"vi": "vis"}.get(side, side)
-                    if "M3FD" in place
-                    else folder / place / side
-                )
+    place = folder / "data" / known.split("fusion").folder
+    for side, own in (("ir", "ir"), ("vis", "vi")):
+        for i, scene in enumerate(scenes):
+            for target in (folder / "mine" / own, *[place / known.sides[side]][i:]):
                 target.mkdir(parents=True, exist_ok=True)
-                picture(target, f"{i}.png", image)
+                picture(target, f"{i}.png", getattr(scene, side))
     theirs = folder / "data" / "fused" / "M3FD" / "Theirs"
     theirs.mkdir(parents=True)
     picture(theirs, "0.png", scenes[0].ir)
@@ -642,7 +639,7 @@ def test_sets_of_this_machine_and_a_folder_in_voila(tmp_path_factory):
         titles = lambda: page.locator(".smf-name").all_inner_texts()
         until(lambda: titles() == ["infrared", "visible", "smfnet tiny", "Theirs"])
         until(lambda: shows(pane(page, "Theirs").locator("img"), scenes[0].ir))
-        field = page.locator(".widget-combobox input")
+        field = page.get_by_label("folder", exact=True)
         field.fill(str(folder / "nowhere"))
         page.get_by_role("button", name="open").click()
         until(lambda: "nowhere: no such folder" in page.locator("[role=alert]").inner_text())
