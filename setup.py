@@ -30,7 +30,7 @@ setup(
     package_data={
         "smfnet": ["*.json", "weights/*.safetensors", "weights/*.md"],
         "smfnet.published": ["*.csv", "README.md"],
-        "smfnet.apps": ["*.ipynb", "voila.json"],
+        "smfnet.apps": ["*.ipynb", "voila.json", "template/*"],
     },
     long_description=readme(),
     long_description_content_type="text/markdown",

@@ -17,14 +17,16 @@ from PIL import Image
 from scipy import ndimage
 
 from .browser import choice, row, side_by_side
-from .collection import Collection, gray, live_models, open_collection, score_table, shown
+from smfnet.compare.collection import (
+    Collection, about, fused_folder, gray, live_models, open_collection, score_table, shown,
+)
 from .display import montage
 from .panel import Panel, watch
 from .swipe import Swipe
 from ..core.checks import InputError
 from ..data.images import to_levels
 from ..metrics import evaluate
-from ..metrics.protocols import METRICS
+from ..metrics.protocols import METRICS, Scores
 
 # %% ../../nbs/10_compare/09_distortion.ipynb #80768265
 @dataclass(frozen=True)
@@ -105,19 +107,20 @@ class MetricsExplorer(Panel):
         problems: Sequence[str] = (),  # what to say at the start
     ):
         super().__init__()
-        self.collection = collection
+        self.collection, self.problems = collection, list(problems)
         methods = collection.fused_methods or ["visible"]
         self.pair = choice("pair", collection.stems, value=collection.stems[0])
         self.method = choice("fused by", methods, value=methods[0])
         self.sliders, self.reset, self.table = sliders(), w.Button(description="reset"), w.HTML()
         blank = np.zeros((2, 2))
         self.swipe = Swipe(blank, blank)
+        self.swipe.follow(self.pair, self.method)
         controls = w.VBox([row(self.pair, self.method), *self.sliders.values(), self.reset])
-        self.children = [self.message, side_by_side(self.swipe, controls, width="320px"), self.table]
+        views = side_by_side(self.swipe, controls, width="320px")
+        self.children = [self.message, views, self.table, about(collection.models)]
         watch(self, self._draw, self.pair, self.method, *self.sliders.values())
         self.reset.on_click(self.guard(lambda button: self.undo()))
         self.guard(self._draw)()
-        if problems: self.message.warn("; ".join(problems))
 
 # %% ../../nbs/10_compare/09_distortion.ipynb #6088da69
 @patch(as_prop=True)
@@ -132,22 +135,40 @@ def undo(self: MetricsExplorer) -> None:
 
 # %% ../../nbs/10_compare/09_distortion.ipynb #52c34f7d
 @patch
-def _state(self: MetricsExplorer, distortion: Distortion | None = None):
-    "Undistorted and distorted image in whole grey levels, and their scores; by default as the sliders say."
-    stem = self.pair.value
+def _state(
+    self: MetricsExplorer, distortion: Distortion, stem: str, method: str
+) -> tuple[np.ndarray, np.ndarray, Scores, Scores]:
+    "Undistorted and distorted image in whole grey levels, and their scores."
     content = self.collection.content(stem)
-    plain = gray(self.collection.image(stem, self.method.value))
-    spoilt = to_levels((distortion or self.distortion)(plain / 255)).astype(np.float32)
+    plain = gray(self.collection.image(stem, method))
+    spoilt = to_levels(distortion(plain / 255)).astype(np.float32)
     sources = {k: to_levels(x).astype(np.float32) for k, x in (("ir", content.ir), ("vis", content.vis))}
     return plain, spoilt, *(evaluate(fused=x, **sources, undefined="report") for x in (plain, spoilt))
 
 # %% ../../nbs/10_compare/09_distortion.ipynb #67671539
 @patch
 def _draw(self: MetricsExplorer) -> None:
-    "Show the distorted image beside the other, and the metrics of both."
-    plain, spoilt, before, after = self._state()
-    method = self.method.value
-    self.swipe.set(plain.astype(np.uint8), spoilt.astype(np.uint8), titles=(method, "distorted"))
+    "Distort and measure beside the page; what the sliders have left behind is dropped."
+    stem, method, distortion, found = self.pair.value, self.method.value, self.distortion, []
+    stands, said = [self.pair.index, self.method.index], self.problems
+    self.problems = []
+    if self.swipe.stands != stands:
+        self.swipe.set("fusing …", "fusing …", titles=(method, "distorted"), stands=stands)
+        self.table.value = ""
+    if said: self.message.warn("; ".join(said))
+    def work(): found.extend(self._state(distortion, stem, method))
+    def show():
+        if found: self._show(found, method, stands)
+        else: self.swipe.set("no image", "no image", titles=(method, "distorted"), stands=stands)
+        if said: self.message.warn("; ".join(said))
+    self.later([work], show)
+
+@patch
+def _show(self: MetricsExplorer, found: Sequence, method: str, stands: list[int]) -> None:
+    "The distorted image beside the other, and the metrics of both."
+    plain, spoilt, before, after = found
+    images = (plain.astype(np.uint8), spoilt.astype(np.uint8))
+    self.swipe.set(*images, titles=(method, "distorted"), stands=stands)
     caption = "nine metrics, protocol of Table 1; each is meant to grow with quality"
     table = score_table({method: before, "distorted": after}, marked=False, caption=caption)
     table = table.replace("</tbody>", movement(before, after) + "</tbody>")
@@ -167,10 +188,11 @@ def still(self: MetricsExplorer) -> Image.Image:
     chosen = [self.distortion]
     if not self.distortion.changes():
         chosen = [Distortion(noise=0.05), Distortion(blur=1.5), Distortion(contrast=1.5)]
-    plain, _, before, _ = self._state(Distortion())
+    at = (self.pair.value, self.method.value)
+    plain, _, before, _ = self._state(Distortion(), *at)
     images, titles, numbers = [plain], [self.method.value], [_numbers(before)]
     for d in chosen:
-        _, spoilt, _, after = self._state(d)
+        _, spoilt, _, after = self._state(d, *at)
         images.append(spoilt)
         titles.append(", ".join(f"{k} {v:g}" for k, v in d.changes().items()))
         numbers.append(_numbers(after))
@@ -181,11 +203,11 @@ def explore_metrics(
     name: str | Path = "scenes:test",  # a set of the registry, or a folder that holds ir/ and vi/
     *,
     weights: str | Path | None = "tiny",  # model that fuses live; None for the trivial rules alone
-    fused: str | Path | None = None,  # folder that holds <set>/<method>/<stem>.png
+    fused: str | Path | None = None,  # holds <set>/<method>/<stem>.png; None: `fused` beside the sets
 ) -> MetricsExplorer:
     "Metric against eye on a set; what cannot be opened becomes a message, and scenes are shown instead."
     problems = []
-    models = live_models(weights, problems)
+    models, fused = live_models(weights, problems), fused or fused_folder()
     try: found = open_collection(name, models=models, fused=fused)
     except InputError as e:
         problems.append(f"{e}; rendered scenes are shown")

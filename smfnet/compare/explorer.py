@@ -9,6 +9,7 @@ __all__ = ['BRANCHES', 'GROUPS', 'LABELS', 'with_branches', 'attention_maps', 'e
 # %% ../../nbs/10_compare/07_explorer.ipynb #a66c70f3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from html import escape
 from pathlib import Path
 
 import ipywidgets as w
@@ -20,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .browser import choice, row, side_by_side, tick
-from .collection import fit, live_limit, score_table, tensors
+from .collection import INK, fit, live_limit, score_table, tensors, weights_note
 from .display import montage
 from .panel import Panel, watch
 from .swipe import Swipe
@@ -145,20 +146,23 @@ class Explorer(Panel):
         pairs: PairSet,
         *,
         problems: Sequence[str] = (),  # what to say at the start
+        note: str = "",  # which weights these are
     ):
         super().__init__()
-        self.model, self.pairs, self.limits, self._known = model, pairs, {}, {}
+        self.model, self.pairs, self.limits, self._known, self.problems = model, pairs, {}, {}, list(problems)
         self._controls()
         blank = np.zeros((2, 2))
         self.zoom, self.swipe, self.effect = LinkedZoom({"": blank}), Swipe(blank, blank), w.HTML()
+        self.zoom.follow(self.pair, self.what, self.channel)
+        self.swipe.follow(self.pair)
+        w.jslink((self.swipe, "view"), (self.zoom, "view"))
         controls = row(self.pair, self.what, self.channel, *self.switches.values())
         result = w.VBox([self.swipe, self.effect])
-        self.children = [controls, self.message, side_by_side(self.zoom, result)]
-        watch(self, self._look, self.pair, self.what, self.channel)
-        watch(self, self._switch, self.pair, *self.switches.values())
-        self.guard(self._look)()
-        self.guard(self._switch)()
-        if problems: self.message.warn("; ".join(problems))
+        style = "color:var(--jp-ui-font-color2, CanvasText);line-height:1.4"
+        about = w.HTML(f'<div class="smf-weights" style="{style}">{escape(note)}</div>')
+        self.children = [controls, self.message, side_by_side(self.zoom, result), about]
+        watch(self, self._draw, self.pair, self.what, self.channel, *self.switches.values())
+        self.guard(self._draw)()
 
 # %% ../../nbs/10_compare/07_explorer.ipynb #7acc2dc5
 @patch
@@ -179,16 +183,17 @@ def on(self: Explorer) -> list[str]:
 
 # %% ../../nbs/10_compare/07_explorer.ipynb #b6ffc037
 @patch
-def _state(self: Explorer) -> tuple[Content, dict]:
-    "The pair, its features, attention matrices and gates."
-    stem = self.pair.value
-    if stem not in self._known:
+def _state(self: Explorer, stem: str) -> tuple[Content, dict]:
+    "A pair, its features, attention matrices and gates."
+    known = self._known.get(stem)
+    if known is None:
         content, found = fit(self.pairs.pair(stem).content, live_limit(self.model) // 2), {}
         def run(): found["features"] = self.model.features(**tensors(content))
         found["attention"] = attention_maps(self.model, run)
         found["gates"] = exchange_gates(self.model, found["features"])
-        self._known = {stem: (content, found)}
-    return self._known[stem]
+        known = content, found
+        self._known = {stem: known}
+    return known
 
 # %% ../../nbs/10_compare/07_explorer.ipynb #d6d462d0
 def _attention_pictures(maps: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
@@ -220,7 +225,7 @@ def _feature_pictures(self: Explorer, features: Mapping[str, Tensor]) -> tuple[d
 @patch
 def _pictures(self: Explorer) -> tuple[dict[str, np.ndarray], str]:
     "Title -> picture of what is chosen, and a remark on the range."
-    found, what = self._state()[1], self.what.value
+    found, what = self._state(self.pair.value)[1], self.what.value
     if what == "gates":
         return {k: g.numpy() for k, g in found["gates"].items()}, "gates from 0 (black) to 1 (white)"
     if what == "attention":
@@ -230,12 +235,27 @@ def _pictures(self: Explorer) -> tuple[dict[str, np.ndarray], str]:
 
 # %% ../../nbs/10_compare/07_explorer.ipynb #a28d317e
 @patch
-def _look(self: Explorer) -> None:
+def _draw(self: Explorer) -> None:
+    "Compute what is chosen beside the page, unless it is known, then show it."
+    stem, places = self.pair.value, [self.pair.index, self.what.index, self.channel.index]
+    said, self.problems = self.problems, []
+    if stem not in self._known:
+        texts = dict.fromkeys(_SIDES, "computing …")
+        self.zoom.set(texts, stands=places)
+        self.swipe.set(*["computing …"] * 2, titles=("all branches", self._name()), stands=places[:1])
+        self.effect.value = ""
+    if said: self.message.warn("; ".join(said))
+    def show():
+        if stem in self._known: self._look(places), self._switch(places)
+        if said: self.message.warn("; ".join(said))
+    self.later([lambda: self._state(stem)], show)
+
+@patch
+def _look(self: Explorer, places: Sequence[int]) -> None:
     "Show the chosen features."
-    content, _ = self._state()
+    content, _ = self._state(self.pair.value)
     images, remark = self._pictures()
-    self.zoom.set(images)
-    self.zoom.note = "; ".join([remark, *content.notes])
+    self.zoom.set(images, note="; ".join([remark, *content.notes]), stands=places)
 
 # %% ../../nbs/10_compare/07_explorer.ipynb #6eb057c3
 def _effect(name: str, whole: np.ndarray, part: np.ndarray, content: Content) -> str:
@@ -246,7 +266,7 @@ def _effect(name: str, whole: np.ndarray, part: np.ndarray, content: Content) ->
     table = score_table(scores, marked=False, caption="nine metrics, protocol of Table 1")
     change = np.abs(whole.astype(float) - part).mean()
     return (
-        f'<div class="smf-effect" style="color:#111">{name}: differs from the whole network '
+        f'<div class="smf-effect" style="color:{INK}">{name}: differs from the whole network '
         f'by {change:.2f} grey levels on average</div><div style="overflow-x:auto">{table}</div>'
     )
 
@@ -258,19 +278,19 @@ def _name(self: Explorer) -> str:
     return f"only {' + '.join(self.on)}" if self.on else "no branch"
 
 @patch
-def _switch(self: Explorer) -> None:
+def _switch(self: Explorer, places: Sequence[int]) -> None:
     "Decode with the chosen branches, and measure what changed."
-    content, found = self._state()
+    content, found = self._state(self.pair.value)
     decoded = lambda on: to_levels(with_branches(self.model, found["features"], on)[0, 0].numpy())
     whole, part = decoded(BRANCHES), decoded(self.on)
-    self.swipe.set(whole, part, titles=("all branches", self._name()))
+    self.swipe.set(whole, part, titles=("all branches", self._name()), stands=places[:1])
     self.effect.value = _effect(self._name(), whole, part, content)
 
 # %% ../../nbs/10_compare/07_explorer.ipynb #e1e25ae1
 @patch
 def still(self: Explorer) -> Image.Image:
     "The chosen features, and what the result is without each branch."
-    images, features = self._pictures()[0], self._state()[1]["features"]
+    images, features = self._pictures()[0], self._state(self.pair.value)[1]["features"]
     results = {"result": set(self.on)} | {f"without {b}": set(self.on) - {b} for b in self.on}
     shown = {f"{self.what.value} {k}": image for k, image in images.items()}
     for name, on in results.items():
@@ -288,10 +308,10 @@ def explore(
     try: model = load_model(weights, device="cpu")
     except InputError as e:
         problems.append(f"{e}; the shipped model is shown")
-        model = load_model("tiny", device="cpu")
+        model = load_model(weights := "tiny", device="cpu")
     head, _, split = str(name).partition(":")
     try: pairs = get_pairs(head, split or None, strict=False)
     except InputError as e:
         problems.append(f"{e}; rendered scenes are shown")
         pairs = get_pairs("scenes", "test")
-    return Explorer(model, pairs, problems=problems)
+    return Explorer(model, pairs, problems=problems, note=weights_note(weights))

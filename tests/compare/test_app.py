@@ -36,6 +36,7 @@ class Server:
     def __init__(self, place: Path, *options: str):
         for name in ("serve.py", "voila.json"):
             shutil.copy(ROOT / "nbs/apps" / name, place)
+        shutil.copytree(ROOT / "nbs/apps/template", place / "template")
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print('hello')")])
         notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
         nbformat.write(notebook, place / "page.ipynb")

@@ -97,7 +97,7 @@ def isolated(folder: Path) -> dict[str, str]:
     labconfig.mkdir(exist_ok=True)
     off = {"@jupyterlab/apputils-extension:announcements": True}
     (labconfig / "page_config.json").write_text(json.dumps({"disabledExtensions": off}), encoding="utf-8")
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("JUPYTER", "PYTEST"))}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JUPYTER", "PYTEST", "SMFNET_DATA"))}
     return (
         env
         | {k: str(folder / v) for k, v in places.items()}
@@ -116,7 +116,7 @@ def end(process: subprocess.Popen) -> None:
 
 
 @contextlib.contextmanager
-def server(kind: str, folder: Path):
+def server(kind: str, folder: Path, started: list | None = None, **variables: str):
     """Serve a copy of the app notebooks on a free port of the loopback interface; gives the address."""
     apps, port = folder / "apps", free_port()
     if not apps.exists():
@@ -140,12 +140,14 @@ def server(kind: str, folder: Path):
     process = subprocess.Popen(
         [sys.executable, *(lab if kind == "lab" else voila)],
         cwd=folder,
-        env=isolated(folder),
+        env=isolated(folder) | variables,
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
+    if started is not None:
+        started.append(process.pid)
     try:
 
         def answers():
@@ -175,9 +177,9 @@ def browser_page(*, width: int = 1366, height: int = 768):
 
 
 @contextlib.contextmanager
-def voila(folder: Path, notebook: str, ready: str):
+def voila(folder: Path, notebook: str, ready: str, **variables: str):
     """A notebook as a page, opened and waited for; gives the page."""
-    with server("voila", folder) as address, browser_page() as page:
+    with server("voila", folder, **variables) as address, browser_page() as page:
         target = f"{address}/voila/render/{notebook}.ipynb?token={TOKEN}"
         page.goto(target, wait_until="commit", timeout=1000 * START)
         page.locator(ready).first.wait_for(timeout=1000 * START)
@@ -342,14 +344,18 @@ def look_around(page, scenes) -> None:
         m: {k: (v, r) for k, v, r in c}
         for m, c in captions({m: scenes.scores(stem, m) for m in scenes.methods}).items()
     }
-    until(lambda: shows(page.locator(".smf-left").first, scenes.image(STEM, "infrared")))
-    assert shows(page.locator(".smf-right").first, scenes.image(STEM, "smfnet tiny"))
+    until(lambda: shows(page.locator("img.smf-left").first, scenes.image(STEM, "infrared")))
+    until(lambda: shows(page.locator("img.smf-right").first, scenes.image(STEM, "smfnet tiny")))
+    titles = lambda: page.locator(".smf-name").all_inner_texts()
+    assert titles() == ["infrared", "visible", "smfnet tiny", "average"]
+    page.locator(".widget-checkbox", has_text="maximum").locator("input").check()
+    until(lambda: titles() == scenes.methods)
     drag_and_check(page, scenes.image(STEM, "infrared"), scenes.image(STEM, "smfnet tiny"))
     divider_by_keyboard(page)
     zoom_and_check(page, images(STEM))
-    assert {m: values_of(page, m) for m in scenes.methods} == written(STEM)
+    until(lambda: {m: values_of(page, m) for m in scenes.methods} == written(STEM))
     page.get_by_label("pair", exact=True).select_option(OTHER)
-    until(lambda: shows(page.locator(".smf-left").first, scenes.image(OTHER, "infrared")))
+    until(lambda: shows(page.locator("img.smf-left").first, scenes.image(OTHER, "infrared")))
     until(lambda: {m: values_of(page, m) for m in scenes.methods} == written(OTHER))
     page.get_by_label("right", exact=True).select_option("average")
     until(lambda: shows(page.locator(".smf-right").first, scenes.image(OTHER, "average")))
@@ -383,6 +389,9 @@ def test_comparison_page_in_voila(tmp_path_factory, scenes):
         look_around(page, scenes)
         shoot(page, "voila_compare")
         assert page.evaluate("document.documentElement.scrollWidth") <= 1366
+        assert "95,558 parameters" in page.locator(".smf-about").inner_text()
+        entropy = pane(page, "average").locator(".smf-value").first.get_attribute("title")
+        assert entropy.startswith("entropy, in bits") and "higher is better" in entropy
         for part in (".smf-swipe", ".smf-pane"):
             area = page.locator(part).first.bounding_box()
             assert area["x"] >= 0 and area["x"] + area["width"] <= 1366 and area["height"] <= 768
@@ -435,7 +444,7 @@ def test_upload_in_voila(tmp_path_factory):
         expected = Collection(PairSet([("x", _InMemory(content))], name="x"), models=live_models()).image(
             "x", "smfnet tiny"
         )
-        assert shows(pane(page, "smfnet tiny").locator("img"), expected)
+        until(lambda: shows(pane(page, "smfnet tiny").locator("img"), expected))
         assert alike(pixels(pane(page, "smfnet tiny").locator(".smf-frame")), expected, (0.05, 0.95)) < 8
         shoot(page, "voila_upload")
         page.get_by_label("fused by", exact=True).select_option("average")
@@ -450,6 +459,36 @@ def test_upload_in_voila(tmp_path_factory):
         says("differ in size", "alert")
         pick("ir", ir)
         until(lambda: shows(pane(page, "infrared").locator("img"), scene.ir))
+
+
+@once_more
+def test_example_and_download_in_voila(tmp_path_factory):
+    """The example pair is fused, a file can be dropped, and what is saved has all pixels of the result."""
+    from smfnet.compare.collection import live_models, open_collection
+
+    scenes = open_collection("scenes:test", models=live_models())
+    folder = tmp_path_factory.mktemp("example")
+    with voila(folder, "upload", ".smf-file") as page:
+        assert page.locator(".smf-download").is_disabled()
+        page.get_by_role("button", name="try with an example pair").click()
+        expected = scenes.image(scenes.stems[1], "smfnet tiny")
+        until(lambda: shows(pane(page, "smfnet tiny").locator("img"), expected))
+        with page.expect_download() as arriving:
+            page.locator(".smf-download").click()
+        assert arriving.value.suggested_filename == "example_visible_smfnet_tiny.png"
+        saved = np.asarray(Image.open(arriving.value.path()))
+        assert np.array_equal(saved, source(pane(page, "smfnet tiny").locator("img")))
+        drop = """(area, files) => {
+            const data = new DataTransfer();
+            for (const name of files) data.items.add(new File(["no image"], name));
+            area.dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true}));
+        }"""
+        area = page.locator(".smf-pick").first
+        area.evaluate(drop, ["notes.pdf"])
+        until(lambda: "notes.pdf: not a readable image" in page.locator("[role=alert]").inner_text())
+        area.evaluate(drop, ["a.png", "b.png"])
+        assert "drop one file on each field" in area.inner_text()
+        shoot(page, "voila_example")
 
 
 @once_more
@@ -472,6 +511,201 @@ def test_missing_weights_in_voila(tmp_path_factory):
         page.locator(".smf-scores").wait_for()
         assert "Traceback" not in page.content()
         shoot(page, "voila_missing_weights")
+
+
+SAMPLER = """() => {
+    const canvas = document.createElement("canvas"), seen = window.seen = new Set();
+    const ctx = canvas.getContext("2d", {willReadFrequently: true});
+    const visible = (e) => getComputedStyle(e).visibility !== "hidden";
+    const chosen = (label) => [...document.querySelectorAll(".widget-dropdown")]
+        .find((d) => d.querySelector("label").textContent === label)
+        .querySelector("select").selectedOptions[0].text.replaceAll("\u00a0", " ");
+    const grid = (img) => {  // 8x8 of its pixels, as they are drawn
+        const w = canvas.width = img.naturalWidth, h = canvas.height = img.naturalHeight, found = [];
+        ctx.drawImage(img, 0, 0);
+        const data = ctx.getImageData(0, 0, w, h).data;
+        for (let i = 0; i < 64; i++) {
+            const y = Math.floor((Math.floor(i / 8) + .5) * h / 8), x = Math.floor((i % 8 + .5) * w / 8);
+            found.push(...data.slice(4 * (y * w + x), 4 * (y * w + x) + 3));
+        }
+        return found;
+    };
+    const picture = (e) => e.tagName !== "IMG" || !visible(e) ? "" : grid(e);
+    const look = () => {
+        const shown = [];
+        for (const side of ["left", "right"])
+            shown.push([document.querySelector(".smf-title-" + side).textContent,
+                        picture(document.querySelector(".smf-" + side))]);
+        for (const pane of document.querySelectorAll(".smf-pane")) {
+            const values = [...pane.querySelectorAll(".smf-value")].filter(visible).map((v) => v.textContent);
+            shown.push([pane.querySelector(".smf-name").textContent,
+                        picture(pane.querySelector(".smf-zoomed")), values.join(" ")]);
+        }
+        seen.add(JSON.stringify({set: chosen("set"), pair: chosen("pair"), shown}));
+    };
+    const everything = {subtree: true, childList: true, attributes: true, characterData: true};
+    new MutationObserver(look).observe(document.body, everything);
+    const frame = () => { look(); requestAnimationFrame(frame); };
+    frame();
+}"""
+
+
+def grid(image: np.ndarray) -> np.ndarray:
+    """The pixels that the sampler in the page takes of an image."""
+    h, w = image.shape[:2]
+    y, x = (((np.arange(8) + 0.5) * n / 8).astype(int) for n in (h, w))
+    return rgb(image)[np.ix_(y, x)].reshape(-1).astype(int)
+
+
+@once_more
+def test_never_an_old_picture_under_a_new_name(tmp_path_factory):
+    """Sampled at every change of the page and every frame while pairs, sets and methods are switched.
+
+    Whatever picture is visible belongs to the set, the pair and the method that are named at that moment, and
+    so do the numbers below it; else a text stands in its place.
+    """
+    from smfnet.compare.collection import captions, live_models, open_collection
+
+    folder, models = tmp_path_factory.mktemp("moments"), live_models()
+    shutil.copytree(ROOT / "nbs" / "apps", folder / "apps")
+    notebook = folder / "apps" / "compare.ipynb"
+    text = notebook.read_text(encoding="utf-8")
+    asked = text.replace(
+        "sets: list[str] | None = None", 'sets: list = [\\"scenes:test\\", \\"scenes:val\\"]'
+    )
+    assert asked != text
+    notebook.write_text(asked, encoding="utf-8")
+    sets = {c.label: c for c in (open_collection(s, models=models) for s in ("scenes:test", "scenes:val"))}
+    with voila(folder, "compare", "img.smf-left") as page:
+        page.evaluate(SAMPLER)
+        pair, which = (page.get_by_label(name, exact=True) for name in ("pair", "set"))
+        stems = sets["scenes test"].stems
+        for stem, pause in zip([*stems[1:7], *stems[3:0:-1]], (0, 30, 200, 0, 600, 0, 100, 2500, 0)):
+            pair.select_option(stem)
+            page.wait_for_timeout(pause)
+        page.get_by_label("left", exact=True).select_option("visible")
+        which.select_option(index=1)
+        page.wait_for_timeout(100)
+        which.select_option(index=0)
+        pair.select_option(stems[2])
+        which.select_option(index=1)
+        last = sets["scenes val"].stems[-1]
+        until(lambda: pair.locator("option").count() == len(sets["scenes val"].stems))
+        pair.select_option(last)
+        until(
+            lambda: shows(page.locator("img.smf-right").first, sets["scenes val"].image(last, "smfnet tiny"))
+        )
+        until(lambda: len(values_of(page, "smfnet tiny")) == 9)
+        samples = [json.loads(s) for s in page.evaluate("[...window.seen]")]
+        shoot(page, "voila_moments")
+    covered = early = 0
+    for sample in samples:
+        known, stem = sets[sample["set"]], sample["pair"]
+        pictures = {name: found for name, found, *_ in sample["shown"] if found}
+        covered += not pictures
+        early += "infrared" in pictures and any(n == "smfnet tiny" and not f for n, f, *_ in sample["shown"])
+        for name, found, *values in sample["shown"]:
+            if found:
+                difference = np.abs(np.array(found) - grid(known.image(stem, name))).max()
+                assert difference <= 1, f"{name} of another pair stands under {sample['set']}, {stem}"
+            if values and values[0]:
+                own = captions({name: known.scores(stem, name)})[name]
+                assert all(f"{metric} {value}" in values[0] for metric, value, _ in own), (name, stem, values)
+    stems_seen = {(s["set"], s["pair"]) for s in samples}
+    print(f"{len(samples)} states of {len(stems_seen)} pairs; {covered} covered, {early} without ours yet")
+    assert len(stems_seen) > 6 and covered and early
+
+
+@once_more
+def test_sets_of_this_machine_and_a_folder_in_voila(tmp_path_factory):
+    """Sets below SMFNET_DATA come with other methods' images; a folder is opened in the page; means."""
+    from smfnet.data.registry import registry
+    from smfnet.data.scenes import render_scene
+
+    folder, known = tmp_path_factory.mktemp("sets"), registry()["M3FD"]
+    scenes = [render_scene(300 + i, size=(120, 160)) for i in range(2)]
+    place = folder / "data" / known.split("fusion").folder
+    for side, own in (("ir", "ir"), ("vis", "vi")):
+        for i, scene in enumerate(scenes):
+            for target in (folder / "mine" / own, *[place / known.sides[side]][i:]):
+                target.mkdir(parents=True, exist_ok=True)
+                picture(target, f"{i}.png", getattr(scene, side))
+    theirs = folder / "data" / "fused" / "M3FD" / "Theirs"
+    theirs.mkdir(parents=True)
+    picture(theirs, "0.png", scenes[0].ir)
+    with voila(folder, "compare", "img.smf-left", SMFNET_DATA=str(folder / "data")) as page:
+        which = page.get_by_label("set", exact=True)
+        which.select_option(index=1)
+        titles = lambda: page.locator(".smf-name").all_inner_texts()
+        until(lambda: titles() == ["infrared", "visible", "smfnet tiny", "Theirs"])
+        until(lambda: shows(pane(page, "Theirs").locator("img"), scenes[0].ir))
+        field = page.get_by_label("folder", exact=True)
+        field.fill(str(folder / "nowhere"))
+        page.get_by_role("button", name="open").click()
+        until(lambda: "nowhere: no such folder" in page.locator("[role=alert]").inner_text())
+        assert titles()[-1] == "Theirs"
+        field.fill(str(folder / "mine"))
+        page.get_by_role("button", name="open").click()
+        until(lambda: shows(page.locator("img.smf-left").first, scenes[0].ir))
+        page.get_by_role("button", name="set means").click()
+        until(lambda: "means over 2 of 2 pairs" in page.locator(".smf-means").inner_text())
+        shoot(page, "voila_folder")
+
+
+@once_more
+def test_a_page_is_usable_within_seconds_of_cpu(tmp_path_factory):
+    """From the request to the first pictures, server and kernel: 4 s were measured, the bound is generous."""
+    import psutil
+
+    def spent(pid):
+        total = 0.0
+        for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                total += sum(process.cpu_times()[:2])
+        return total
+
+    started = []
+    with server("voila", tmp_path_factory.mktemp("time"), started) as address, browser_page() as page:
+        page.goto(f"{address}/?token={TOKEN}")
+        before = spent(started[0])
+        page.goto(f"{address}/voila/render/compare.ipynb", wait_until="commit", timeout=1000 * START)
+        page.locator("img.smf-left").first.wait_for(timeout=1000 * START)
+        took = spent(started[0]) - before
+        print(f"{took:.1f} s of CPU until the first pictures")
+        assert 0 < took < 15
+
+
+@once_more
+def test_landing_page_and_theme(tmp_path_factory):
+    """It links the four pages, loads nothing from elsewhere, and is dark when system or reader say so."""
+    with server("voila", tmp_path_factory.mktemp("landing")) as address, browser_page() as page:
+        asked = []
+        page.on("request", lambda request: asked.append(request.url))
+        dark = lambda where="body": np.mean(pixels(page.locator(where).first)) < 100
+        page.emulate_media(color_scheme="light")
+        page.goto(f"{address}/?token={TOKEN}")
+        links = [a.get_attribute("href") for a in page.locator(".cards a").all()]
+        names = [link.rpartition("/")[2] for link in links]
+        assert sorted(names) == ["compare.ipynb", "explore.ipynb", "metrics.ipynb", "upload.ipynb"]
+        assert not dark()
+        page.emulate_media(color_scheme="dark")
+        assert dark()
+        page.locator(".cards a", has_text="Fuse your own pair").click()
+        page.locator(".smf-pick").first.wait_for(timeout=1000 * START)
+        assert (
+            dark()
+            and dark(".smf-pick")
+            and page.locator("nav [aria-current]").inner_text() == "Fuse your own pair"
+        )
+        page.get_by_role("button", name="dark or light theme").click()
+        assert not dark() and not dark(".smf-pick")
+        page.locator("nav a").first.click()
+        page.locator(".cards").wait_for()
+        assert not dark(), "the choice is forgotten"
+        page.set_viewport_size({"width": 390, "height": 844})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        away = [u for u in asked if not u.startswith((address, "data:", "blob:"))]
+        assert not away, f"loaded from elsewhere: {away}"
 
 
 @once_more
@@ -525,15 +759,16 @@ def test_explorer_in_voila(tmp_path_factory, scenes):
     from smfnet.compare.explorer import limit_of, plane
     from smfnet.compare.explorer import picture as drawn
     from smfnet.data.images import to_levels
+    from smfnet.fusion.files import load_model
 
-    content, model = scenes.content(STEM), scenes.models["smfnet tiny"]
+    content, model = scenes.content(STEM), load_model("tiny", device="cpu")
     features = model.features(
         **{k: torch.from_numpy(np.ascontiguousarray(getattr(content, k)))[None, None] for k in ("vis", "ir")}
     )
     with voila(tmp_path_factory.mktemp("explore"), "explore", ".smf-effect") as page:
         planes = [plane(features[n]) for n in ("ir_base", "vis_base", "base_fused")]
         expected = to_levels(drawn(planes[0], limit_of(planes)))
-        assert shows(pane(page, "infrared").locator("img"), expected)
+        until(lambda: shows(pane(page, "infrared").locator("img"), expected))
         assert alike(pixels(pane(page, "infrared").locator(".smf-frame")), expected, (0.05, 0.95)) < 8
         page.locator(".widget-checkbox", has_text="detail branch").locator("input").uncheck()
         without = to_levels(with_branches(model, features, ("base", "graph"))[0, 0].numpy())

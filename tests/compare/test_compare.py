@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from smfnet.compare import (
+    Browser,
     Explorer,
     LinkedZoom,
     Swipe,
@@ -30,10 +32,11 @@ from smfnet.compare import (
 from smfnet.compare.collection import LIVE_PIXELS, Collection, live_limit, live_models, ranks
 from smfnet.compare.panel import Panel, watch
 from smfnet.compare.swipe import SWIPE_JS
-from smfnet.compare.uploads import MOST, PICK_JS, PIECE, FilePick, _InMemory, read_upload
+from smfnet.compare.uploads import DOWNLOAD_JS, MOST, PICK_JS, PIECE, FilePick, _InMemory, read_upload
 from smfnet.compare.zoom import ZOOM_JS, crop_of
 from smfnet.core.checks import InputError
 from smfnet.data.pairs import PairSet
+from smfnet.data.registry import registry
 from smfnet.data.scenes import render_scene
 from smfnet.metrics.protocols import METRICS
 from smfnet.network.model import SMFNet
@@ -99,7 +102,9 @@ def test_huge_images_are_made_smaller_with_a_note():
 # --- the browser's side -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("code", [SWIPE_JS, ZOOM_JS, PICK_JS], ids=["swipe", "zoom", "pick"])
+@pytest.mark.parametrize(
+    "code", [SWIPE_JS, ZOOM_JS, PICK_JS, DOWNLOAD_JS], ids=["swipe", "zoom", "pick", "download"]
+)
 def test_scripts_need_no_network_and_write_no_html(code):
     """The widgets load nothing from elsewhere, and text from users never becomes HTML."""
     assert (
@@ -402,6 +407,77 @@ def test_unknown_method_and_pair_are_named():
         scenes.image("nobody", "infrared")
     with pytest.raises(InputError):
         open_collection("no/such/folder")
+
+
+def test_sets_of_this_machine_are_found(tmp_path, monkeypatch):
+    """Sets below SMFNET_DATA are offered after the scenes; at most four methods are ticked, with ours."""
+    set_ = registry()["M3FD"]
+    for side in ("ir", "vis"):
+        place = tmp_path / set_.split("fusion").folder / set_.sides[side]
+        place.mkdir(parents=True)
+        Image.fromarray(getattr(SCENE, side)).save(place / "one.png")
+    for method in ("A", "B", "C"):
+        (tmp_path / "fused" / "M3FD" / method).mkdir(parents=True)
+        Image.fromarray(SCENE.ir).save(tmp_path / "fused" / "M3FD" / method / "one.png")
+    monkeypatch.setenv("SMFNET_DATA", str(tmp_path))
+    panel = browse()
+    assert list(panel.collections) == ["scenes test", "M3FD fusion"]
+    panel.set_.value = "M3FD fusion"
+    assert panel.zoom.titles == ["infrared", "visible", "smfnet tiny", "A"] and not panel.message.error
+    assert [box.description for box in panel.chosen.children][-3:] == ["A", "B", "C"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "says"),
+    [
+        ("", "nothing is named; give one that holds ir/ and vi/"),
+        ("no/where", "no/where: no such folder"),
+        ("empty", "empty"),
+        ("file", "file: no such folder"),
+    ],
+)
+def test_a_folder_without_pairs_is_named_and_nothing_is_lost(tmp_path, folder, says, monkeypatch):
+    """What is chosen in the page may be nothing; the panel says so and shows what it showed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    panel = browse(["scenes:test"], weights=None)
+    before = panel.zoom.images, panel.set_.options
+    panel.folder.value = folder
+    panel.open.click()
+    assert panel.message.error and says in panel.message.text and "Traceback" not in panel.message.text
+    assert (panel.zoom.images, panel.set_.options) == before
+
+
+def test_what_was_overtaken_is_dropped(monkeypatch):
+    """Ten pairs in quick succession: at most the first and the last are fused, and the last one is shown."""
+    from smfnet.compare import panel as frame
+
+    class Slow:
+        config, done = SMFNet("tiny").config, 0
+
+        def fuse(self, *, vis, ir):
+            for _ in range(100):
+                time.sleep(0.005)
+                total = vis + ir
+            Slow.done += 1
+            return total / 2
+
+    monkeypatch.setattr(frame, "in_kernel", lambda: True)
+    found = open_collection("scenes:test", models={"slow": Slow()})
+    panel = Browser([found])
+    for stem in found.stems[1:11]:
+        panel.pair.value = stem
+        name = dict(zip(panel.zoom.titles, panel.zoom.images))
+        assert (decoded(name["infrared"]) == found.image(stem, "infrared")).all(), (
+            "sources wait for the network"
+        )
+        assert name["slow"] == b"" and panel.swipe.right == b"" and panel.zoom.places[2] == "fusing …"
+        time.sleep(0.02)
+    panel.wait()
+    assert Slow.done <= 2
+    assert (decoded(panel.zoom.images[2]) == found.image(found.stems[10], "slow")).all()
+    assert panel.zoom.stands == [0, 10] and not panel.message.error
 
 
 def test_methods_of_folders_are_compared_with_live_ones(tmp_path):
