@@ -488,7 +488,10 @@ def _check_paths(args: argparse.Namespace) -> None:
 # %% ../nbs/cli.ipynb #08618e2e
 def _run(argv: Sequence[str] | None) -> int:
     "All of a command, from its arguments to its status."
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.run is not run_app: parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.options = rest
     from smfnet.core.provenance import forget
     _check_paths(args)
     forget()
