@@ -26,9 +26,8 @@ from smfnet.data.pairs import get_pairs, read_boxes
 def parted(toy):  # noqa: F811
     """The toy set with a part of its test split."""
     test = toy.split("test")
-    part = dataclasses.replace(
-        test, name="part", of="test", leave_out=("1",), count=2, pairs=tuple(p for p in test.pairs if p.stem != "1")
-    )
+    pairs = tuple(p for p in test.pairs if p.stem != "1")
+    part = dataclasses.replace(test, name="part", of="test", leave_out=("1",), count=2, pairs=pairs)
     return dataclasses.replace(toy, splits={**toy.splits, "part": part})
 
 
@@ -44,10 +43,12 @@ def test_a_part_of_a_split_is_no_split_to_verify_or_fetch(parted, site, tmp_path
 
 def test_lists_of_one_folder_share_it_silently(tmp_path):
     """MFNet's lists of day and night name files of the test list; that is no doubled content, a copy is."""
-    make_mfnet(tmp_path / "MFNet", [("train", (0,)), ("test", (1, 2)), ("test_day", (1,)), ("test_night", (2,))])
+    lists = [("train", (0,)), ("test", (1, 2)), ("test_day", (1,)), ("test_night", (2,))]
+    make_mfnet(tmp_path / "MFNet", lists)
     assert not any("share the" in note for note in verify("MFNet", root=tmp_path).notes)
     shutil.copy(tmp_path / "MFNet/images/00001D.png", tmp_path / "MFNet/images/00000D.png")
-    assert any("train and test share the content of 1 files" in n for n in verify("MFNet", root=tmp_path).notes)
+    notes = verify("MFNet", root=tmp_path).notes
+    assert any("train and test share the content of 1 files" in note for note in notes)
 
 
 # --- archives and folders ---------------------------------------------------------------------------------
@@ -113,7 +114,9 @@ def test_masks_and_boxes_beside_two_folders_are_found(tmp_path):
         assert pairs[0].boxes.boxes.tolist() == [[1, 2, 5, 6]]
 
 
-@pytest.mark.parametrize("box", [(5, 1, 5, 9), (1, 5, 9, 5), (9, 1, 5, 9), (1, 9, 9, 5), (-1, 1, 5, 9), (1, -1, 9, 5)])
+@pytest.mark.parametrize(
+    "box", [(5, 1, 5, 9), (1, 5, 9, 5), (9, 1, 5, 9), (1, 9, 9, 5), (-1, 1, 5, 9), (1, -1, 9, 5)]
+)
 def test_a_box_without_area_or_outside_is_refused(tmp_path, box):
     """On either axis."""
     (tmp_path / "a.xml").write_text(VOC.format(OBJECT.format("Car", *box)))
@@ -152,5 +155,6 @@ def test_the_range_of_a_series_is_that_of_its_brightest_file(tmp_path, brightest
     tops = [900, 1800, 3600]
     tops[brightest] = 16000
     for i, top in enumerate(tops):
-        Image.fromarray(np.linspace(0, top, 400).astype(np.uint16).reshape(20, 20)).save(tmp_path / f"{i}.png")
+        values = np.linspace(0, top, 400).astype(np.uint16).reshape(20, 20)
+        Image.fromarray(values).save(tmp_path / f"{i}.png")
     assert common_range(sorted(tmp_path.glob("*.png"))) == (0, 16383)

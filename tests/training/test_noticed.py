@@ -1,4 +1,4 @@
-"""Slips that a reader planted in the training room and that no test had noticed; each test is for their kind."""
+"""Slips that a reader planted in the training room and no test had noticed; each test is for their kind."""
 
 import json
 import math
@@ -34,7 +34,9 @@ def test_the_length_that_is_shown_is_the_length_of_the_run(
 ):
     """Of the stages that are trained, in optimiser steps; two and three epochs."""
     totals = []
-    monkeypatch.setattr(training, "Display", lambda total, *more: totals.append(total) or Display(total, *more))
+    monkeypatch.setattr(
+        training, "Display", lambda total, *more: totals.append(total) or Display(total, *more)
+    )
     t = life(tmp_path, stages=stages, accumulate=accumulate, epochs=(2, 3))
     assert t.fit(progress=False) and totals == [t.steps] == [steps]
     assert len(log_of(tmp_path, "step")) == t.progress.step == steps
@@ -64,10 +66,9 @@ def test_asking_again_for_what_is_done_changes_nothing(tmp_path, quick, steps):
 
 def test_fit_says_whether_it_came_as_far_as_asked(tmp_path, quick):
     """True at a given length and at the end, also when there is nothing to do; False when time was short."""
-    t = life(tmp_path)
-    assert [t.fit(steps=4, progress=False), t.fit(steps=4, progress=False), t.fit(minutes=0, progress=False)] == [
-        True, True, False,
-    ]
+    t, short = life(tmp_path), {"minutes": 0}
+    said = [t.fit(progress=False, **asked) for asked in ({"steps": 4}, {"steps": 4}, short)]
+    assert said == [True, True, False]
     assert t.progress.step == 4 and t.fit(progress=False) and t.progress.step == 36
 
 
