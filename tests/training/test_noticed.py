@@ -64,6 +64,18 @@ def test_asking_again_for_what_is_done_changes_nothing(tmp_path, quick, steps):
     assert (tmp_path / "log.jsonl").read_bytes() == log and not list(tmp_path.glob("old-*"))
 
 
+def test_a_shorter_run_is_not_the_longer_one_cut_off(tmp_path, quick):
+    """Asked for fewer steps than are done, the run starts over; asked for more, it goes on."""
+
+    def run(steps):
+        r = recipe("paper", **WALK)
+        return train(loaded(0), patches(2), r, tmp_path, steps=steps, progress=False).step
+
+    aside = lambda: len(list(tmp_path.glob("old-*")))
+    assert [(run(steps), aside()) for steps in (4, 9, 8, 10, 2)] == [(4, 0), (9, 0), (8, 1), (10, 1), (2, 2)]
+    assert [r["step"] for r in log_of(tmp_path, "step")] == [1, 2]
+
+
 def test_fit_says_whether_it_came_as_far_as_asked(tmp_path, quick):
     """True at a given length and at the end, also when there is nothing to do; False when time was short."""
     t, short = life(tmp_path), {"minutes": 0}
