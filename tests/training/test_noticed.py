@@ -11,8 +11,8 @@ from test_steps import WALK, loaded, log_of, patches, walk
 
 from smfnet.training import trainer as training
 from smfnet.training.processes import train
-from smfnet.training.recipes import recipe
-from smfnet.training.trainer import Display, Trainer, TrainingError
+from smfnet.training.recipes import learning_rate, recipe
+from smfnet.training.trainer import Display, Progress, Trainer, TrainingError
 
 
 def life(folder, model=0, *, stages=(1, 2), **settings) -> Trainer:
@@ -119,3 +119,22 @@ def test_no_step_is_taken_with_a_gradient_that_is_not_finite(tmp_path, value, ac
     saved = load_file(next(tmp_path.glob("not-finite-*")))
     assert sorted(saved) == ["ir", "vis"]
     assert all(torch.equal(saved[k], torch.cat([b[k] for b in batches])) for k in saved)
+
+
+def test_lines_come_once_a_minute(capsys, monkeypatch):
+    """Steps of twenty seconds, where no bar is drawn: every third says how far the run is."""
+    clock, where = [0.0], Progress()
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    with Display(9, where, True) as display:
+        for where.step in range(1, 10):
+            clock[0] += 20
+            display.step(0.5)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train:")]
+    assert said == [f"train: stage 1, step {step} of 9, loss 0.500" for step in (3, 6, 9)]
+
+
+@pytest.mark.parametrize(("lr", "floor"), [(1e-7, 1e-6), (1e-6, 1e-6), (2e-3, 0.5)])
+def test_a_rate_below_the_floor_is_not_raised_to_it(lr, floor):
+    """The floor ends a decay; it is no rate that nobody asked for."""
+    r = recipe("paper", lr=lr, lr_floor=floor)
+    assert {learning_rate(r, age) for age in (0, 19, 20, 119)} == {lr}
