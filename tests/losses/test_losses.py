@@ -279,6 +279,8 @@ def test_eq17_total():
     assert_close(total, torch.stack(parts).sum())
     assert "spatial_gradient_ir" not in t
     both, t2 = stage1_loss(f, **pair, weights=LossWeights(alpha2_ir=5))
+    assert_close(t2["spatial_gradient_ir"], spatial_gradient_l1(f["recon_ir"], pair["ir"]))
+    assert_close(t2["spatial_gradient_vis"], spatial_gradient_l1(f["recon_vis"], pair["vis"]))
     assert_close(
         both - total, 5 * t2["spatial_gradient_ir"], atol=1e-5, rtol=0
     )  # difference of two float32 totals

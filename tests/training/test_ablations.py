@@ -167,10 +167,12 @@ def test_conditions_tell_recipes_and_data_apart(tmp_path):
     )
     first = state()
     others = [state(preset="paper"), state(protocol="toolbox"), state(r=recipe("demo", lr=1e-3))]
-    write_phantoms(tmp_path / "train", 1, seed=1, size=(48, 48))
-    assert len({first, *others, state()}) == 5
-    write_phantoms(tmp_path / "train", 1, size=(48, 48))
-    assert state() == first
+    for part in ("train", "test"):  # either alone
+        write_phantoms(tmp_path / part, 1, seed=1, size=(48, 48))
+        others.append(state())
+        write_phantoms(tmp_path / part, 1, size=(48, 48))
+        assert state() == first
+    assert len({first, *others}) == 6
 
 
 def test_rows_of_an_unreadable_file(tmp_path):

@@ -483,6 +483,7 @@ def test_time_budget_and_accumulation_resume_exactly(tmp_path, monkeypatch):
         t = trainer(tmp_path / "stopped", **changes)
         assert t.resume() == (len(steps) > 1)
         done = t.fit(minutes=2.5 / 60, progress=False)
+        assert t.progress.step > steps[-1], "a budget of 2.5 seconds ended before the first step"
         steps.append(t.progress.step)
     assert steps == [0, 2, 4, 6] and records(tmp_path / "stopped") == records(tmp_path / "straight")
     one, two = (load_file(tmp_path / name / "stage2.safetensors") for name in ("straight", "stopped"))
