@@ -29,26 +29,24 @@ WORDS = ({"selector": "th, td", "props": "text-align: left"},)  # on top of it, 
 
 # %% ../../nbs/00_core/10_tables.ipynb #15effda3
 def html_table(
+    head: Sequence[str],  # above the columns; the first one holds the labels of the lines
     lines: Iterable[Sequence[str]],  # cells; those that are no `Markup` are escaped
-    columns: Sequence[str],  # above the cells
-    labels: Iterable[str],  # before the lines
     *,
-    corner: str = "",  # above the labels
     caption: str = "",  # above the table
-    classes: Iterable[Sequence[str]] = (),  # CSS classes of the cells; none: no classes
+    classes: Sequence[Sequence[str]] = (),  # CSS classes of the cells behind the labels; none: no classes
     look: Sequence[Mapping[str, str]] = (),  # further styles, as Styler takes them
 ) -> Markup:  # a piece of HTML
     "A table with its own style; its id comes from its content."
-    corner = pd.Index(list(columns), dtype=object, name=str(escape(corner)) or None)
-    frame = pd.DataFrame(list(lines), columns=corner, dtype=object)
-    style = frame.style.format(escape="html").format_index(escape="html", axis=1)
-    style.relabel_index([escape(label) for label in labels], axis=0).set_table_styles([*LOOK, *look])
-    if classes: style.set_td_classes(pd.DataFrame(list(classes), columns=frame.columns))
+    lines = [list(line) for line in lines]
+    names = pd.Index(list(head[1:]), dtype=object, name=str(escape(head[0])) or None)
+    frame = pd.DataFrame([line[1:] for line in lines], columns=names, dtype=object)
+    style = frame.style.format(escape="html", na_rep="").format_index(escape="html", axis=1).set_uuid("")
+    style.relabel_index([escape(line[0]) for line in lines], axis=0).set_table_styles([*LOOK, *look])
+    if classes: style.set_td_classes(pd.DataFrame(classes, columns=names))
     if caption: style.set_caption(escape(caption))
     style.cell_ids = False
-    plain = style.set_uuid("").to_html()
-    text = style.set_uuid(hashlib.sha256(plain.encode()).hexdigest()[:8]).to_html()
-    for head in ("row", "col"): text = text.replace(f'<th class="{head}_', f'<th scope="{head}" class="{head}_')
+    text = style.set_uuid(hashlib.sha256(style.to_html().encode()).hexdigest()[:8]).to_html()
+    for kind in ("row", "col"): text = text.replace(f'<th class="{kind}_', f'<th scope="{kind}" class="{kind}_')
     return Markup(text)
 
 # %% ../../nbs/00_core/10_tables.ipynb #06bb4194

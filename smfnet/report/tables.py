@@ -481,14 +481,14 @@ def _label(row: _Row) -> Markup:
 def to_html(
     table: pd.DataFrame,  # from `compare_set`
     title: str = "",  # before the legend; the set's name if empty
-) -> Markup:  # a piece of HTML with its own style
+) -> str:  # a piece of HTML with its own style
     "Render one set as HTML; hints of published cells appear under the pointer and are marked °."
     metrics, above, rows = list(dict.fromkeys(table["metric"])), _won(table), list(_rows(table))
-    lines = [[row.images, *(_html_cell(row.cells.get(m)) for m in metrics)] for row in rows]
+    lines = [[_label(row), row.images, *(_html_cell(row.cells.get(m)) for m in metrics)] for row in rows]
     marks = [[(row.kind == "trivial") * "trivial" + ((row.method, m) in above) * " above"
               for m in ("images", *metrics)] for row in rows]
-    return html_table(lines, ["images", *metrics], map(_label, rows), corner="method",
-                      caption=_legend(table, title), classes=marks, look=SIDES)
+    about = {"caption": _legend(table, title), "classes": marks, "look": SIDES}
+    return str(html_table(["method", "images", *metrics], lines, **about))
 
 # %% ../../nbs/09_report/04_tables.ipynb #2c589e6d
 _SHORT = (*SIDES, {"selector": "small", "props": "display: inline"})
@@ -511,16 +511,16 @@ def _short_label(name: str, rows: pd.DataFrame, side: str) -> Markup:
 def to_short_html(
     tables: Mapping[str, pd.DataFrame],  # heading -> table of `compare_set`
     method: str = "ours",
-) -> Markup:  # a piece of HTML with its own style
+) -> str:  # a piece of HTML with its own style
     "What is printed and what was measured for one method, a line each."
     own = {name: t[t["method"].map(name_key) == name_key(method)] for name, t in tables.items()}
-    metrics, labels, lines = list(dict.fromkeys(m for t in own.values() for m in t["metric"])), [], []
+    metrics, lines = list(dict.fromkeys(m for t in own.values() for m in t["metric"])), []
     for name, rows in ((k, t.set_index("metric")) for k, t in own.items()):
         for side in (s for s in ("published", "measured") if rows[s].notna().any()):
-            labels.append(_short_label(name, rows, side))
-            lines.append([_short_cell(rows, m, side) for m in metrics])
+            cells = (_short_cell(rows, m, side) for m in metrics)
+            lines.append([_short_label(name, rows, side), *cells])
     caption = "Table 1 in short; small: rank among printed, or among measured methods"
-    return html_table(lines, metrics, labels, caption=caption, look=_SHORT)
+    return str(html_table(["", *metrics], lines, caption=caption, look=_SHORT))
 
 # %% ../../nbs/09_report/04_tables.ipynb #1f70d5af
 def table_sets(
@@ -561,7 +561,7 @@ def write_tables(
     parts = {
         ".csv": pd.concat(tables.values(), ignore_index=True).to_csv(index=False),
         ".md": "\n".join(texts) + notes,
-        ".html": html_page(title, *(to_html(t, k) for k, t in tables.items()), *remarks),
+        ".html": html_page(title, *(Markup(to_html(t, k)) for k, t in tables.items()), *remarks),
     }
     files = [Path(f"{path}{suffix}") for suffix in parts]
     for file, text in zip(files, parts.values()):
