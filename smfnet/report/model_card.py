@@ -204,7 +204,7 @@ Means over the pairs set aside, images stretched as the release saves them, ever
 ## Test sets
 
 Protocol `table1`, measured and printed values with the 95 % interval of the mean over images. "ours" are
-these weights, as the authors' code saves images. Columns that reach the printed row: {reached}. Columns above
+these weights, as the authors' code saves images; "SMFNet (paper)" is what the paper prints. Columns that reach the printed row: {reached}. Columns above
 `tiny`, saved alike: {ahead}.
 
 {looks}
@@ -311,6 +311,7 @@ def compare_sets(
     published: pd.DataFrame,  # printed rows
     whose: Mapping[str, str],  # network -> whose it is
     workers: int = 1,  # processes that measure
+    names: Mapping[str, str] | None = None,  # network -> what its rows are called, see `own_name`
 ) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:  # all rows; set -> table of `compare_set`
     "Measure every method of every set, and hold the rows against the printed ones."
     tables = {}
@@ -320,9 +321,10 @@ def compare_sets(
         tables |= {(place.name, method): table for method, table in measured.items()}
     summary = summarise_sets(tables).reset_index()
     rows, notes = as_printed(summary, whose)
-    names = [place.name for place in places]
-    compared = {s: compare_set(published, rows, s, expected=expected_images(s), notes=notes) for s in names}
-    return summary, compared
+    return summary, {
+        p.name: compare_set(published, rows, p.name, expected=expected_images(p.name), notes=notes, names=names)
+        for p in places
+    }
 
 # %% ../../nbs/09_report/02_model_card.ipynb #b71a493a
 def prove(
