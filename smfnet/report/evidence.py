@@ -160,7 +160,7 @@ def measured_names(
     "The authors' checkpoint by its layer, all others as ours."
     theirs = "authors' weights"
     words = {m: theirs if network.layer == theirs else "ours" for m, network in networks.items()}
-    return {m: w if m == "ours" else f"{w}, {m.removeprefix('ours-')}" for m, w in words.items()}
+    return {m: w if m == "ours" else f"{w} · {m.removeprefix('ours-')}" for m, w in words.items()}
 
 # %% ../../nbs/09_report/07_evidence.ipynb #f351de4d
 def ablation_preset(

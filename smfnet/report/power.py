@@ -15,7 +15,7 @@ from scipy import optimize, stats
 
 from ..core.checks import InputError
 from ..core.provenance import atomic_path
-from ..core.tables import PAPER, html_page, html_table, markdown_table
+from ..core.tables import KINDS, PAPER, html_page, html_table, markdown_table
 
 # %% ../../nbs/09_report/11_power.ipynb #195246d6
 def power(
@@ -126,7 +126,7 @@ def write_power(
     "Write the printed table with the power of the measurement, without measured values beside it."
     head, lines = ["configuration", "", *dict.fromkeys(table["metric"])], _lines(table, cells)
     texts = {
-        ".csv": cells.to_csv(index=False), ".html": html_page(title, *said, html_table(head, lines)),
+        ".csv": cells.to_csv(index=False), ".html": html_page(title, *said, html_table(head, lines, look=KINDS)),
         ".md": "\n".join([f"# {title}", "", *said, "", markdown_table(head, lines)]),
     }
     for suffix, text in texts.items():

@@ -37,7 +37,7 @@ def name_key(
 TRIVIAL = tuple(name_key(name) for name in BASELINES)
 
 # %% ../../nbs/09_report/04_tables.ipynb #d82cad54
-PAPER_NAMES = {"ours": PAPER, "ours*": f"{PAPER}, trained on medical images"}
+PAPER_NAMES = {"ours": PAPER, "ours*": f"{PAPER} trained on medical images"}
 SAVED = " as saved"  # behind the name of a network: its images as the release saves them
 AS_FUSED = " as fused"  # behind its name in a table: its images as they are, which are no rival of the former
 
@@ -53,7 +53,7 @@ def own_name(
 ) -> str:
     "What the measured values of a method are shown under."
     network = method.removesuffix(SAVED).removesuffix(AS_FUSED)
-    known = {"ours-medical": "ours, medical", **(names or {})}
+    known = {"ours-medical": "ours · medical", **(names or {})}
     return known.get(network, network) + method[len(network):]
 
 # %% ../../nbs/09_report/04_tables.ipynb #77fffa9e

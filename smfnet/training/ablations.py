@@ -21,7 +21,7 @@ from scipy import stats
 
 from ..core.checks import InputError
 from ..core.provenance import atomic_path, git_revision, sha256
-from ..core.tables import PAPER, html_page, html_table, markdown_table
+from ..core.tables import KINDS, PAPER, html_page, html_table, markdown_table
 from ..data.patches import LoadedPair, PatchSet
 from ..losses.stages import ABLATIONS as LOSSES
 from ..network.model import PRESETS, SMFNet, configuration
@@ -305,7 +305,7 @@ def table_texts(
     "The table as CSV, Markdown and a self-contained HTML page."
     head, lines = ["configuration", "values", *dict.fromkeys(table["metric"])], _lines(table)
     md = "\n".join([f"# {title}", "", markdown_table(head, lines), *said, ""])
-    page = html_page(title, html_table(head, lines), *said)
+    page = html_page(title, html_table(head, lines, look=KINDS), *said)
     return {".csv": table.to_csv(index=False), ".md": md, ".html": page}
 
 # %% ../../nbs/05_training/06_ablations.ipynb #3aa0bca5

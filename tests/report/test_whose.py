@@ -110,7 +110,7 @@ def is_ours(name: str) -> bool:
 def test_every_table_tells_printed_from_measured(tmp_path, theirs):
     """Tables as HTML, Markdown and CSV, in reports and cards; the authors' checkpoint is not ours either."""
     names = {"ours": "authors' weights"} if theirs else {}
-    names |= {"tiny": "ours, tiny"}
+    names |= {"tiny": "ours · tiny"}
     table = compared(names)
     for place, pairs in rendered(table, tmp_path).items():
         printed = {name for name, number in pairs if re.match(r"1\.\d", number)}
@@ -124,8 +124,8 @@ def test_every_table_tells_printed_from_measured(tmp_path, theirs):
             assert own and all(name.split(": ")[-1].startswith("authors' weights") for name in own), own
     assert table.loc[table["published"].notna(), "published_name"].map(is_ours).sum() == 0
     assert PAPER not in set(table.loc[table["measured"].notna(), "measured_name"])
-    medical = table[table["published_name"].eq(f"{PAPER}, trained on medical images")]
-    assert set(medical["measured_name"]) == {"ours, medical"}
+    medical = table[table["published_name"].eq(f"{PAPER} trained on medical images")]
+    assert set(medical["measured_name"]) == {"ours · medical"}
 
 
 def test_sentences_and_pictures_tell_printed_from_measured():
