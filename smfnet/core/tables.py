@@ -7,6 +7,7 @@ __all__ = ['PAPER', 'LOOK', 'WORDS', 'KINDS', 'html_table', 'html_page', 'markdo
 
 # %% ../../nbs/00_core/10_tables.ipynb #4f9ce5ac
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
@@ -47,8 +48,7 @@ def html_table(
     if caption: style.set_caption(escape(caption))
     style.cell_ids = False
     text = style.set_uuid(hashlib.sha256(style.to_html().encode()).hexdigest()[:8]).to_html()
-    for kind in ("row", "col"): text = text.replace(f'<th class="{kind}_', f'<th scope="{kind}" class="{kind}_')
-    return Markup(text)
+    return Markup(re.sub(r'<th class="(row|col)_', r'<th scope="\1" class="\1_', text))
 
 # %% ../../nbs/00_core/10_tables.ipynb #06bb4194
 _PAGE = Markup("""<!doctype html>

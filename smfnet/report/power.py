@@ -108,7 +108,8 @@ def _lines(table: pd.DataFrame, cells: pd.DataFrame) -> list[list[str]]:
     found, lines = cells.set_index(["config", "metric"]), []
     for (config, row), part in table.groupby(["config", "row"], sort=False):
         values = part.set_index("metric")
-        lines.append([PAPER if config == "ours" else row, "printed", *(_number(x) for x in values["published"])])
+        name = PAPER if config == "ours" else row
+        lines.append([name, "printed", *(_number(x) for x in values["published"])])
         if config == "ours": continue
         lines.append(["", "printed difference", *(_number(x, "+") for x in values["published_difference"])])
         here = found.reindex([(config, m) for m in values.index])
@@ -126,7 +127,8 @@ def write_power(
     "Write the printed table with the power of the measurement, without measured values beside it."
     head, lines = ["configuration", "", *dict.fromkeys(table["metric"])], _lines(table, cells)
     texts = {
-        ".csv": cells.to_csv(index=False), ".html": html_page(title, *said, html_table(head, lines, look=KINDS)),
+        ".csv": cells.to_csv(index=False),
+        ".html": html_page(title, *said, html_table(head, lines, look=KINDS)),
         ".md": "\n".join([f"# {title}", "", *said, "", markdown_table(head, lines)]),
     }
     for suffix, text in texts.items():

@@ -343,7 +343,8 @@ def outlier_map(
 ) -> Axes:
     "Robust z of every printed value on a fixed range; outliers carry their number."
     scores = frame.groupby(["set", "metric"])["value"].transform(robust_z)
-    rows = frame.assign(z=scores, method=frame["method"].map(paper_name), column=frame["set"] + " " + frame["metric"])
+    named = frame.assign(method=frame["method"].map(paper_name))
+    rows = named.assign(z=scores, column=frame["set"] + " " + frame["metric"])
     z = rows.pivot(index="method", columns="column", values="z")
     z = z.loc[rows["method"].unique(), rows["column"].unique()]
     marks = z.map(lambda v: f"{v:.0f}" if abs(v) > limit else "")

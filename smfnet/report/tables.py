@@ -320,7 +320,8 @@ def met_rows(
             away = (part["difference"] / part["published"]).abs()
             exact = (part["difference"].abs() < 5.1e-5).sum()
             worst = part.loc[away.idxmax(), "metric"]
-            found.append((table["set"].iloc[0], part["measured_name"].iloc[0], len(part), exact, away.max(), worst,
+            name = part["measured_name"].iloc[0]
+            found.append((table["set"].iloc[0], name, len(part), exact, away.max(), worst,
                           _meaning(away.max(), exact == len(part)), part["n"].max()))
     columns = ["set", "method", "columns", "exact", "largest", "in", "meaning", "n"]
     return pd.DataFrame(found, columns=columns)

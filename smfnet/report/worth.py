@@ -314,7 +314,8 @@ def predictions(
     seed: int = 0,  # of the permutations
 ) -> pd.DataFrame:  # metric, task, n, r, p, p_holm
     "Do columns predict how well machines see in fused images? Pearson's r over methods, permutation p, Holm."
-    wide = fusion.assign(key=fusion["method"].map(name_key)).pivot(index="key", columns="metric", values="value")
+    keyed = fusion.assign(method=fusion["method"].map(name_key))
+    wide = keyed.pivot(index="method", columns="metric", values="value")
     rows = []
     for task, values in ((name, column.rename(name_key)) for name, column in tasks.items()):
         both = [m for m in wide.index if m in values.index]

@@ -262,8 +262,8 @@ def _measured_on(table: pd.DataFrame) -> str:
     return (
         f"Measured on the set {table['set'].iloc[0]}, {span('n_images', 'images')}, "
         f"{span('n_seeds', 'seed(s)')}: mean ± standard deviation over seeds. "
-        f"Difference: to the {_FULL['measured']}, seed by seed, ± half of Student's 95 % interval over seeds; "
-        f"* where the interval does not hold 0; of published values: to {PAPER}. "
+        f"Difference: to the {_FULL['measured']}, seed by seed, ± half of Student's 95 % interval over "
+        f"seeds; * where the interval does not hold 0; of published values: to {PAPER}. "
         "Published values: RoadScene, trained as in the paper, without a spread."
     )
 
