@@ -33,7 +33,7 @@ from .trainer import Progress
 @dataclass(frozen=True)
 class Ablation:
     "One configuration: what it changes."
-    title: str  # row of Table 5, as printed but for "Ours", the full network there
+    title: str  # row of Table 5, as printed
     about: str  # what is changed, in a few words
     network: Mapping = field(default_factory=dict)  # fields of `Config`
     weights: Mapping = field(default_factory=dict)  # fields of `LossWeights`
@@ -59,7 +59,7 @@ CONFIGURATIONS = {
     "exchanged_fusion_layers": Ablation(
         "INN<->transformer", "fusion layers exchanged", network={"exchange": True}
     ),
-    "ours": Ablation("full network", "the full network and training"),
+    "ours": Ablation("Ours", "the full network and training"),
 }
 
 # %% ../../nbs/05_training/06_ablations.ipynb #5d768eb5
@@ -221,8 +221,9 @@ def ablation_table(
 ) -> pd.DataFrame:  # one row a configuration and metric
     "Published, measured, and differences to the full configuration; `InputError` without rows of that one."
     _check_table(rows)
+    rows_of = {c: a.title for c, a in CONFIGURATIONS.items()} | {"ours": "full network"}  # "Ours" in print
     table = pd.DataFrame(
-        [{"config": c, "row": a.title, "metric": m} for c, a in CONFIGURATIONS.items() for m in metrics]
+        [{"config": c, "row": row, "metric": m} for c, row in rows_of.items() for m in metrics]
     )
     printed = published.rename(columns={"method": "config", "value": "published"})
     names = {"mean": "difference", "spread": "difference_spread", "n_seeds": "n_paired"}
