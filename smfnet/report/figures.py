@@ -158,9 +158,9 @@ def metric_bars(
     return ax
 
 # %% ../../nbs/09_report/01_figures.ipynb #03706ec7
-def _line_style(i: int, method: str, highlight: str | None, dashed: Sequence[str]) -> dict:
-    "Ten colours, then ten more with another dash; the highlighted method thick and black."
-    if method == highlight: return {"color": "k", "lw": 2.2, "zorder": 5}
+def _line_style(i: int, method: str, highlight: Sequence[str], dashed: Sequence[str]) -> dict:
+    "Ten colours, then ten more with another dash; highlighted methods thick and black."
+    if method in highlight: return {"color": "k", "lw": 2.2, "zorder": 5}
     plain = "-" if i < 10 else "-."
     colour = sns.color_palette("colorblind")[i % 10]
     return {"color": colour, "lw": 1.2, "ls": "--" if method in dashed else plain}
@@ -172,7 +172,7 @@ def radar(
     *,
     legend: bool = True,
     rim: pd.Series | None = None,  # value at the rim of each axis; None: the best of the table
-    highlight: str | None = None,  # method drawn thick
+    highlight: Sequence[str] = (),  # methods drawn thick
     dashed: Sequence[str] = (),  # methods drawn dashed
     order: Sequence[str] | None = None,  # methods in the order of their colours; None: the rows
 ) -> Axes:
@@ -223,7 +223,7 @@ def radar_pair(
     measured: pd.DataFrame | None,  # index: method, columns: metrics; None: nothing measured
     title: str,
     *,
-    highlight: str | None = None,  # method drawn thick
+    highlight: Sequence[str] = (),  # methods drawn thick, e.g. a network under the names of both sides
     dashed: Sequence[str] = (),  # methods drawn dashed, e.g. the trivial ones
 ) -> Figure:
     "Published and measured methods of one set, two radar plots with common rims; `InputError` without rows."

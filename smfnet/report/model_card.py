@@ -27,6 +27,7 @@ from ..metrics import evaluate, evaluate_folder
 from ..metrics.files import read_gray
 from ..core.download import git_blob
 from ..core.provenance import atomic_path, provenance, sha256, write_json
+from ..core.tables import markdown_table
 from smfnet.report.study import (
     SetFolders, expected_images, measure_set, method_folders, summarise_sets
 )
@@ -101,11 +102,9 @@ def render_card(
     rows: Mapping[str, pd.DataFrame],  # set -> table of means
 ) -> str:  # Markdown
     "Fill the card."
-    lines = []
-    for name, table in rows.items():
-        lines += [f"| {name} | {' | '.join(table.columns)} |", "|---" * (len(table.columns) + 1) + "|"]
-        lines += [f"| {m} | {' | '.join(f'{v:.4f}' for v in row)} |" for m, row in table.iterrows()] + [""]
-    return CARD.format(tables="\n".join(lines).strip(), **facts)
+    lines = {name: [[m, *(f"{v:.4f}" for v in row)] for m, row in t.iterrows()] for name, t in rows.items()}
+    tables = (markdown_table([name, *rows[name].columns], lines[name]) for name in rows)
+    return CARD.format(tables="\n".join(tables).strip(), **facts)
 
 # %% ../../nbs/09_report/02_model_card.ipynb #cc5c0caa
 _JOINTS = {"schedule": ", then ", "recipes": "; then ", "seeds": ", "}
@@ -204,7 +203,8 @@ Means over the pairs set aside, images stretched as the release saves them, ever
 ## Test sets
 
 Protocol `table1`, measured and printed values with the 95 % interval of the mean over images. "ours" are
-these weights, as the authors' code saves images. Columns that reach the printed row: {reached}. Columns above
+these weights, as the authors' code saves images; "SMFNet (paper)" is what the paper prints.
+Columns that reach the printed row: {reached}. Columns above
 `tiny`, saved alike: {ahead}.
 
 {looks}
@@ -311,6 +311,7 @@ def compare_sets(
     published: pd.DataFrame,  # printed rows
     whose: Mapping[str, str],  # network -> whose it is
     workers: int = 1,  # processes that measure
+    names: Mapping[str, str] | None = None,  # network -> what its rows are called, see `own_name`
 ) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:  # all rows; set -> table of `compare_set`
     "Measure every method of every set, and hold the rows against the printed ones."
     tables = {}
@@ -320,9 +321,9 @@ def compare_sets(
         tables |= {(place.name, method): table for method, table in measured.items()}
     summary = summarise_sets(tables).reset_index()
     rows, notes = as_printed(summary, whose)
-    names = [place.name for place in places]
-    compared = {s: compare_set(published, rows, s, expected=expected_images(s), notes=notes) for s in names}
-    return summary, compared
+    about = {"notes": notes, "names": names}
+    sets = [place.name for place in places]
+    return summary, {s: compare_set(published, rows, s, expected=expected_images(s), **about) for s in sets}
 
 # %% ../../nbs/09_report/02_model_card.ipynb #b71a493a
 def prove(

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 from jinja2 import Environment
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ..core.checks import InputError
@@ -84,12 +85,11 @@ def _embed(picture: Path) -> str:
     "A picture as a data address."
     return f"data:{_TYPES[picture.suffix]};base64,{base64.b64encode(picture.read_bytes()).decode()}"
 
-def _fragment(table: Path) -> str:
+def _fragment(table: Path) -> Markup:
     "What a page would show of a table's file."
     text = table.read_text(encoding="utf-8")
-    styles = "".join(re.findall(r"<style.*?</style>", text, re.S))
-    body = re.search(r"<body[^>]*>(.*)</body>", text, re.S)
-    return styles + body[1] if body else text
+    whole = re.search(r"(.*)<body[^>]*>(.*)</body>", text, re.S)
+    return Markup("".join([*re.findall(r"<style.*?</style>", whole[1], re.S), whole[2]]) if whole else text)
 
 # %% ../../nbs/09_report/08_page.ipynb #ecd3867c
 COLOURS = {"done": "#c6e2d5", "stale": "#f6dfb1", "failed": "#f1c0b9", "missing": "#e4e4e4"}
@@ -158,9 +158,9 @@ PAGE = """<!doctype html>
 Python {{ env.python }}, PyTorch {{ env.torch }}, {{ env.cpu_count }} processors
 {{- ", " + env.cuda if env.cuda }}.</p>
 {% if front %}<div class="front">{% for part in front %}<div>{{ part }}</div>{% endfor %}</div>{% endif %}
-{% if notices %}<div class="notice">{% for n in notices %}<p>{{ n|e }}</p>{% endfor %}</div>{% endif %}
+{% if notices %}<div class="notice">{% for n in notices %}<p>{{ n }}</p>{% endfor %}</div>{% endif %}
 <nav>
-{% for s in stages %}<a href="#{{ s.name }}">{{ s.title|e }} {{ badge(s) }}</a>
+{% for s in stages %}<a href="#{{ s.name }}">{{ s.title }} {{ badge(s) }}</a>
 {% endfor %}</nav>
 {% for s in stages %}{{ section(s) }}{% endfor %}
 <h2>The stages</h2>
@@ -172,9 +172,9 @@ Python {{ env.python }}, PyTorch {{ env.torch }}, {{ env.cpu_count }} processors
 # %% ../../nbs/09_report/08_page.ipynb #7a6e0009
 SECTION = """{% macro badge(s) %}<span class="state" style="background:{{ s.colour }}">{{ s.state }}</span>
 {%- endmacro %}{% macro section(s) %}<section id="{{ s.name }}">
-<h2>{{ s.title|e }} {{ badge(s) }}</h2>
-<p class="sub">{{ s.summary|e }}</p>
-{% for k in s.kept %}<p class="notice">{{ k|e }}</p>
+<h2>{{ s.title }} {{ badge(s) }}</h2>
+<p class="sub">{{ s.summary }}</p>
+{% for k in s.kept %}<p class="notice">{{ k }}</p>
 {% endfor %}
 {% for t in s.tables %}<div class="scroll">{{ t }}</div>
 {% endfor %}
@@ -183,7 +183,7 @@ SECTION = """{% macro badge(s) %}<span class="state" style="background:{{ s.colo
 </figure>
 {% endfor %}
 <details><summary>What made this</summary>
-<table>{% for key, value in s.facts %}<tr><th>{{ key|e }}</th><td><code>{{ value|e }}</code></td></tr>
+<table>{% for key, value in s.facts %}<tr><th>{{ key }}</th><td><code>{{ value }}</code></td></tr>
 {% endfor %}</table></details>
 </section>
 {% endmacro %}"""
@@ -250,7 +250,7 @@ def _front(records: Sequence[StageRecord]) -> list[str]:
     files = [f for o in outputs for f in (sorted(o.glob("*")) if o.is_dir() else [o])]
     there = {f.name: f for f in files if f.is_file() and f.name in FRONT}
     if "headline.html" not in there: return []
-    picture = lambda f: f'<img alt="a pair and its fused image" src="{_embed(f)}">'
+    picture = lambda f: Markup('<img alt="a pair and its fused image" src="{}">').format(_embed(f))
     shown = {name: picture(f) if f.suffix in _TYPES else _fragment(f) for name, f in there.items()}
     return [shown.get(name, "") for name in FRONT]
 
@@ -298,8 +298,8 @@ def write_report(
     if not records:
         raise InputError("no stages to report; run the reproduction first")
     path, git = Path(path), git_revision()
-    page = Environment().from_string(SECTION + PAGE).render(
-        title=title, style=STYLE, git=git, env=environment(), graph=_graph(records),
+    page = Environment(autoescape=True).from_string(SECTION + PAGE).render(
+        title=title, style=Markup(STYLE), git=git, env=environment(), graph=_graph(records),
         stages=[_section(r, path.parent) for r in sorted(records, key=_rank)],
         front=_front(records), notices=[*notices, *_notices(records, git["revision"])],
     )

@@ -6,7 +6,6 @@
 __all__ = ['power', 'detectable', 'seeds_needed', 'power_table', 'power_words', 'write_power']
 
 # %% ../../nbs/09_report/11_power.ipynb #cf4f4048
-import html
 import math
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from scipy import optimize, stats
 
 from ..core.checks import InputError
 from ..core.provenance import atomic_path
+from ..core.tables import KINDS, PAPER, html_page, html_table, markdown_table
 
 # %% ../../nbs/09_report/11_power.ipynb #195246d6
 def power(
@@ -101,11 +101,6 @@ def power_words(
     return said
 
 # %% ../../nbs/09_report/11_power.ipynb #c87e7c01
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title></head>
-<body><h1>{title}</h1>{body}<table>{rows}</table></body></html>
-"""
-
 def _number(x: float, sign: str = "") -> str: return "–" if not math.isfinite(x) else f"{x:{sign}.4f}"
 
 def _lines(table: pd.DataFrame, cells: pd.DataFrame) -> list[list[str]]:
@@ -113,7 +108,8 @@ def _lines(table: pd.DataFrame, cells: pd.DataFrame) -> list[list[str]]:
     found, lines = cells.set_index(["config", "metric"]), []
     for (config, row), part in table.groupby(["config", "row"], sort=False):
         values = part.set_index("metric")
-        lines.append([row, "printed", *(_number(x) for x in values["published"])])
+        name = PAPER if config == "ours" else row
+        lines.append([name, "printed", *(_number(x) for x in values["published"])])
         if config == "ours": continue
         lines.append(["", "printed difference", *(_number(x, "+") for x in values["published_difference"])])
         here = found.reindex([(config, m) for m in values.index])
@@ -130,15 +126,10 @@ def write_power(
 ) -> None:
     "Write the printed table with the power of the measurement, without measured values beside it."
     head, lines = ["configuration", "", *dict.fromkeys(table["metric"])], _lines(table, cells)
-    bar = lambda texts: "| " + " | ".join(texts) + " |"
-    tr = lambda texts, tag: "<tr>" + "".join(f"<{tag}>{html.escape(t)}</{tag}>" for t in texts) + "</tr>"
-    body = "".join(f"<p>{html.escape(s)}</p>" for s in said)
-    rows = "\n".join([tr(head, "th"), *(tr(line, "td") for line in lines)])
-    table_lines = [bar(head), bar(["---"] * len(head)), *map(bar, lines)]
     texts = {
         ".csv": cells.to_csv(index=False),
-        ".html": _PAGE.format(title=html.escape(title), body=body, rows=rows),
-        ".md": "\n".join([f"# {title}", "", *said, "", *table_lines, ""]),
+        ".html": html_page(title, *said, html_table(head, lines, look=KINDS)),
+        ".md": "\n".join([f"# {title}", "", *said, "", markdown_table(head, lines)]),
     }
     for suffix, text in texts.items():
         with atomic_path(Path(f"{path}{suffix}")) as part: part.write_text(text, encoding="utf-8")

@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 
 from ..fusion.baselines import BASELINES
 from ..core.checks import InputError
+from .tables import paper_name
 
 # %% ../../nbs/09_report/03_published.ipynb #5b9e05b0
 def _parsed(path: Path, columns: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
@@ -132,7 +133,8 @@ def ranks(
 FINDING = ("check", "table", "set", "method", "metric", "printed", "expected", "status", "text")
 
 def _findings(rows: Sequence[Mapping]) -> pd.DataFrame:
-    return pd.DataFrame(list(rows), columns=FINDING)
+    "Findings about printed values; a method is called as its printed values are shown."
+    return pd.DataFrame([{**row, "method": paper_name(row["method"])} for row in rows], columns=FINDING)
 
 def half_unit(
     frame: pd.DataFrame,  # rows of one table, with `printed`
@@ -341,7 +343,8 @@ def outlier_map(
 ) -> Axes:
     "Robust z of every printed value on a fixed range; outliers carry their number."
     scores = frame.groupby(["set", "metric"])["value"].transform(robust_z)
-    rows = frame.assign(z=scores, column=frame["set"] + " " + frame["metric"])
+    named = frame.assign(method=frame["method"].map(paper_name))
+    rows = named.assign(z=scores, column=frame["set"] + " " + frame["metric"])
     z = rows.pivot(index="method", columns="column", values="z")
     z = z.loc[rows["method"].unique(), rows["column"].unique()]
     marks = z.map(lambda v: f"{v:.0f}" if abs(v) > limit else "")

@@ -26,6 +26,7 @@ from ..metrics.comparison import summarise
 from ..metrics.files import match_files, read_gray
 from ..metrics.folder import UndefinedWarning
 from ..data.registry import DataSet, coverage, find_set
+from .tables import own_name
 
 # %% ../../nbs/09_report/09_study.ipynb #6f4dad53
 class SetFolders(NamedTuple):
@@ -241,14 +242,16 @@ def grid_scenes(
     place: SetFolders,  # from `set_folders`
     methods: Mapping[str, Path],  # from `method_folders`
     stems: Sequence[str] | int,  # pairs to show, or how many, evenly spread over the set
+    names: Mapping[str, str] | None = None,  # network -> what it is called, see `own_name`
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, tuple[int, int, int, int]]]:  # both by "set stem"
     "Pictures and patches of some pairs; `InputError` names a method that lacks one."
     stems = _spread(place, stems) if isinstance(stems, int) else stems
     scenes, boxes, labels = {}, {}, source_labels(place.name)
     for stem in stems:
         key = f"{place.name} {stem}"
-        scenes[key] = scene_images(place, _order(methods), stem, labels)
-        sources = [scenes[key][label] for label in labels]
+        pictures = scene_images(place, _order(methods), stem, labels)
+        scenes[key] = {own_name(label, names): x for label, x in pictures.items()}
+        sources = [pictures[label] for label in labels]
         gray = [x if x.ndim == 2 else x @ np.float32(LUMA) for x in sources]
         if gray[0].shape != gray[1].shape:
             raise InputError(f"{key}: the sources differ in size; register and crop the pair to one size")

@@ -11,7 +11,6 @@ __all__ = ['TREATMENTS', 'AS_THEY_ARE', 'COLUMNS', 'GRID', 'Treatment', 'cut_off
            'worth_words', 'choose_pleasing', 'save_tables', 'write_worth', 'draw_worth']
 
 # %% ../../nbs/09_report/12_worth.ipynb #99c29313
-import html
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +21,7 @@ import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.axes import Axes
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
@@ -36,7 +36,7 @@ from ..metrics.comparison import best_of, compare_all, holm, verdicts
 from ..metrics.files import gray_levels, join_colour, match_files, read_gray
 from .stretch import stretch_levels
 from .study import SetFolders, measure_set, scene_images, show_pixels
-from .tables import SAVED
+from .tables import SAVED, name_key, paper_name
 
 # %% ../../nbs/09_report/12_worth.ipynb #6a8bd748
 class Treatment(NamedTuple):
@@ -269,7 +269,7 @@ def printed_leads(
     found, widths = [], pairs.set_index("metric")["half-width"]
     for metric in COLUMNS:
         ordered = published[published["metric"] == metric].sort_values("value", ascending=False)
-        (one, first), (two, second) = ordered[["method", "value"]].iloc[:2].itertuples(index=False)
+        (one, first), (two, second) = zip(ordered["method"][:2].map(paper_name), ordered["value"])
         found.append((metric, one, two, first - second, widths[metric], first - second < widths[metric]))
     return pd.DataFrame(found, columns=["metric", "best", "second", "lead", "half-width", "inside"])
 
@@ -314,9 +314,10 @@ def predictions(
     seed: int = 0,  # of the permutations
 ) -> pd.DataFrame:  # metric, task, n, r, p, p_holm
     "Do columns predict how well machines see in fused images? Pearson's r over methods, permutation p, Holm."
-    wide = fusion.pivot(index="method", columns="metric", values="value")
+    keyed = fusion.assign(method=fusion["method"].map(name_key))
+    wide = keyed.pivot(index="method", columns="metric", values="value")
     rows = []
-    for task, values in tasks.items():
+    for task, values in ((name, column.rename(name_key)) for name, column in tasks.items()):
         both = [m for m in wide.index if m in values.index]
         for metric in COLUMNS:
             draws = stats.PermutationMethod(n_resamples=9999, rng=np.random.default_rng(seed))
@@ -543,7 +544,7 @@ def worth_words(
 
 def _tasks(published: pd.DataFrame) -> dict[str, pd.Series]:
     "Printed mAP and mIoU of each method but the paper's own."
-    rows = published[published["method"] != "ours"]
+    rows = published[published["method"].map(name_key) != "ours"]
     parts = {m: rows[(rows["table"] == t) & (rows["metric"] == m)] for m, t in (("mAP", 2), ("mIoU", 3))}
     return {m: part.set_index("method")["value"] for m, part in parts.items()}
 
@@ -556,7 +557,7 @@ def choose_pleasing(
 ) -> pd.DataFrame:  # from `choose_setting`
     "Choose the setting of the rule made to please for the printed row of SMFNet, on training pairs."
     rows = published[(published["table"] == 1) & (published["set"] == "RoadScene")]
-    rows = rows[rows["method"] == "ours"]
+    rows = rows[rows["method"].map(name_key) == "ours"]
     pairs = load_pairs(train, leave_out=set(leave_out), progress=False)[::every]
     return choose_setting(pairs, dict(zip(rows["metric"], rows["value"])))
 
@@ -573,8 +574,9 @@ def write_worth(
     out: str | Path,  # folder
 ) -> str:  # the page
     "Write worth.html."
-    lists = {k: "".join(f"<li>{html.escape(s)}</li>" for s in v) for k, v in said.items() if v}
-    page = "".join(f"<h4>{html.escape(k)}</h4><ul>{v}</ul>" for k, v in lists.items())
+    line, part = Markup("<li>{}</li>"), Markup("<h4>{}</h4><ul>{}</ul>")
+    lists = {k: Markup("").join(map(line.format, v)) for k, v in said.items() if v}
+    page = "".join(part.format(k, v) for k, v in lists.items())
     with atomic_path(Path(out, "worth.html")) as part: part.write_text(page, encoding="utf-8")
     return page
 

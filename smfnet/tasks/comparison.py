@@ -19,6 +19,7 @@ from scipy.stats import norm
 
 from ..core.checks import InputError
 from ..core.provenance import atomic_path
+from ..core.tables import WORDS, html_table
 from ..metrics.comparison import combined_half, seed_verdict
 from . import detection_scores, segmentation_scores
 
@@ -130,7 +131,7 @@ def write_differences(
 ) -> list[str]:  # sentences about all scenes
     "Write the differences as CSV and as a table for the report."
     words = verdict_words(table)
-    page = table.assign(verdict=words)[["task", "kind", "verdict"]].to_html(index=False, border=0)
+    page = html_table(["task", "kind", "verdict"], zip(table["task"], table["kind"], words), look=WORDS)
     with atomic_path(Path(f"{path}.csv")) as part: table.to_csv(part, index=False)
     with atomic_path(Path(f"{path}.html")) as part: part.write_text(page, encoding="utf-8")
     return [w for w, kind in zip(words, table["kind"]) if kind == "all"]

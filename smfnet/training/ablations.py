@@ -8,7 +8,6 @@ __all__ = ['CONFIGURATIONS', 'COLUMNS', 'Ablation', 'find_ablation', 'build', 't
 
 # %% ../../nbs/05_training/06_ablations.ipynb #d99a2aaa
 import hashlib
-import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,6 +21,7 @@ from scipy import stats
 
 from ..core.checks import InputError
 from ..core.provenance import atomic_path, git_revision, sha256
+from ..core.tables import KINDS, PAPER, html_page, html_table, markdown_table
 from ..data.patches import LoadedPair, PatchSet
 from ..losses.stages import ABLATIONS as LOSSES
 from ..network.model import PRESETS, SMFNet, configuration
@@ -221,8 +221,9 @@ def ablation_table(
 ) -> pd.DataFrame:  # one row a configuration and metric
     "Published, measured, and differences to the full configuration; `InputError` without rows of that one."
     _check_table(rows)
+    rows_of = {c: a.title for c, a in CONFIGURATIONS.items()} | {"ours": "full network"}  # "Ours" in print
     table = pd.DataFrame(
-        [{"config": c, "row": a.title, "metric": m} for c, a in CONFIGURATIONS.items() for m in metrics]
+        [{"config": c, "row": row, "metric": m} for c, row in rows_of.items() for m in metrics]
     )
     printed = published.rename(columns={"method": "config", "value": "published"})
     names = {"mean": "difference", "spread": "difference_spread", "n_seeds": "n_paired"}
@@ -240,6 +241,8 @@ def ablation_table(
     return table.assign(half_interval=half, set=rows["set"].iloc[0], revision=revisions)
 
 # %% ../../nbs/05_training/06_ablations.ipynb #5a3cea83
+_FULL = {"published": PAPER, "measured": "full network (ours)"}  # what the full configuration is shown under
+
 def _cell(r: pd.Series) -> list[str]:
     "Published, measured, and the differences, as text."
     number = lambda x, sign="": "" if pd.isna(x) else f"{x:{sign}.4f}"
@@ -260,8 +263,8 @@ def _measured_on(table: pd.DataFrame) -> str:
     return (
         f"Measured on the set {table['set'].iloc[0]}, {span('n_images', 'images')}, "
         f"{span('n_seeds', 'seed(s)')}: mean ± standard deviation over seeds. "
-        "Difference: to the configuration Ours, seed by seed, ± half of Student's 95 % interval over seeds; "
-        "* where the interval does not hold 0. "
+        f"Difference: to the {_FULL['measured']}, seed by seed, ± half of Student's 95 % interval over "
+        f"seeds; * where the interval does not hold 0; of published values: to {PAPER}. "
         "Published values: RoadScene, trained as in the paper, without a spread."
     )
 
@@ -289,22 +292,10 @@ def remarks(
 def _lines(table: pd.DataFrame) -> list[list[str]]:
     "Cells of the table as text, one line a configuration and kind of value."
     kinds, lines = ("published", "published difference", "measured", "measured difference"), []
-    for row, part in table.groupby("row", sort=False):
-        cells = np.array([_cell(r) for _, r in part.iterrows()]).T
-        lines += [[row, what, *texts] for what, texts in zip(kinds, cells) if any(texts)]
+    for (config, row), part in table.groupby(["config", "row"], sort=False):
+        cells, names = np.array([_cell(r) for _, r in part.iterrows()]).T, _FULL if config == "ours" else {}
+        lines += [[names.get(what, row), what, *texts] for what, texts in zip(kinds, cells) if any(texts)]
     return lines
-
-# %% ../../nbs/05_training/06_ablations.ipynb #75a66210
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<style>body{{font:14px sans-serif}}table{{border-collapse:collapse}}
-td,th{{padding:2px 8px;border-bottom:1px solid #ccc;text-align:left}}</style></head><body>
-<h1>{title}</h1><table>
-{rows}
-</table>
-{remarks}
-</body></html>
-"""
 
 # %% ../../nbs/05_training/06_ablations.ipynb #98ef5d68
 def table_texts(
@@ -314,14 +305,8 @@ def table_texts(
 ) -> dict[str, str]:  # suffix -> text of the file
     "The table as CSV, Markdown and a self-contained HTML page."
     head, lines = ["configuration", "values", *dict.fromkeys(table["metric"])], _lines(table)
-    bar = lambda texts: "| " + " | ".join(texts) + " |"
-    tr = lambda texts, tag: "<tr>" + "".join(f"<{tag}>{html.escape(t)}</{tag}>" for t in texts) + "</tr>"
-    md = "\n".join([f"# {title}", "", bar(head), bar(["---"] * len(head)), *map(bar, lines), "", *said, ""])
-    page = _PAGE.format(
-        title=html.escape(title),
-        rows="\n".join([tr(head, "th"), *(tr(line, "td") for line in lines)]),
-        remarks="\n".join(f"<p>{html.escape(s)}</p>" for s in said),
-    )
+    md = "\n".join([f"# {title}", "", markdown_table(head, lines), *said, ""])
+    page = html_page(title, html_table(head, lines, look=KINDS), *said)
     return {".csv": table.to_csv(index=False), ".md": md, ".html": page}
 
 # %% ../../nbs/05_training/06_ablations.ipynb #3aa0bca5

@@ -34,6 +34,7 @@ from smfnet.report.evidence import (
 )
 from smfnet.report.published import COLUMNS, FINDING, TABLES, audit, claim_cells, load_published, wide
 from smfnet.report.study import expected_images
+from smfnet.report.tables import paper_name
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "data" / "published"
@@ -142,7 +143,7 @@ def test_a_slip_of_one_digit_is_found(published, claims):
         found = audit(wrong, claims)
         exact = found[found["check"].isin(["means", "missing class", "ablation"])]
         assert exact.loc[exact["status"] == "differs", ["table", "method"]].to_numpy().tolist() == [
-            [table, method]
+            [table, paper_name(method)]
         ]
 
 
