@@ -32,7 +32,9 @@ from ..fusion.baselines import BASELINES
 from ..core.checks import InputError
 from ..metrics.comparison import holm, wilcoxon_p
 from ..metrics.protocols import METRICS, evaluate
-from .published import TABLES, claim_cells, claim_holds, describe_cells, read_rows
+from smfnet.report.published import (
+    TABLES, claim_cells, claim_holds, describe_cells, published_folder, read_rows
+)
 from .tables import over_seeds
 
 # %% ../../nbs/09_report/06_claims.ipynb #620a9ce4
@@ -160,9 +162,10 @@ def _check_claim(where: str, row: Mapping[str, str]) -> None:
 
 # %% ../../nbs/09_report/06_claims.ipynb #2083bc56
 def load_claims(
-    path: str | Path,  # claims.csv
+    path: str | Path | None = None,  # claims.csv; None: that of the package
 ) -> pd.DataFrame:  # one row a claim, columns `CLAIM_COLUMNS`, all text
     "The claims; `InputError` for a missing file or a row that cannot be judged, naming file and line."
+    path = path or published_folder() / "claims.csv"
     rows, seen = read_rows(path, CLAIM_COLUMNS), set()
     for where, row in rows:
         _check_claim(where, row)
