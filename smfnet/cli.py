@@ -177,7 +177,7 @@ def _export_options(p: argparse.ArgumentParser) -> None:
 
 # %% ../nbs/cli.ipynb #e1d0b102
 def _app_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("options", nargs=argparse.REMAINDER, help="options of Voilà, such as --port=8866 --no-browser")
+    p.epilog = "Options of Voilà, such as --port=8866 or --no-browser, are passed on."
 
 def run_app(
     args: argparse.Namespace,  # options of `smfnet app`
