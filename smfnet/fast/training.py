@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['FAST', 'pixel_rows', 'block_attention', 'attend_and_mix', 'joined_kernel', 'FastMDTA', 'FastDenseMDTA',
-           'FastCrossAttention', 'FastEncoder', 'FastBaseBranch', 'FastDecoder', 'prepare_for_training', 'as_written']
+           'FastCrossAttention', 'FastEncoder', 'FastBaseBranch', 'FastDecoder', 'FastInvertedResidual',
+           'prepare_for_training', 'as_written']
 
 # %% ../../nbs/04_fast/02_training.ipynb #64a261aa
 import torch
 import torch.nn.functional as F
 from torch import Tensor, autocast, nn
 
+from ..losses.reconstruction import padded
 from ..network.attention import MDTA, DenseMDTA
 from ..network.base import BaseBranch
-from ..network.cai import CrossAttention
+from ..network.cai import CrossAttention, InvertedResidual
 from ..network.decoder import Decoder
 from ..network.encoder import Encoder
 
@@ -135,10 +137,23 @@ class FastDecoder(Decoder):
         features = self.block(features.to(self.convs[0].weight.dtype))
         with autocast(features.device.type, enabled=False): return self.convs(features)
 
+# %% ../../nbs/04_fast/02_training.ipynb #ef5a3980
+class FastInvertedResidual(InvertedResidual):
+    "The ψ of eqs 5–8; its border by index where PyTorch was asked for results that repeat."
+    def forward(
+        self,
+        x: Tensor,  # B×c×H×W
+    ) -> Tensor:  # B×c×H×W
+        "Expand, look around, reduce."
+        if not torch.are_deterministic_algorithms_enabled(): return super().forward(x)
+        expand, relu, local, relu_again, reduce = self
+        x = F.conv2d(padded(relu(expand(x)), 1, 1, "reflect"), local.weight, groups=local.groups)
+        return reduce(relu_again(x))
+
 # %% ../../nbs/04_fast/02_training.ipynb #da3790e5
 FAST = {
     MDTA: FastMDTA, DenseMDTA: FastDenseMDTA, CrossAttention: FastCrossAttention, Encoder: FastEncoder,
-    BaseBranch: FastBaseBranch, Decoder: FastDecoder,
+    BaseBranch: FastBaseBranch, Decoder: FastDecoder, InvertedResidual: FastInvertedResidual,
 }
 
 def _exchange(model: nn.Module, classes: dict[type, type]) -> nn.Module:
