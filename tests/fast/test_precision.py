@@ -72,7 +72,7 @@ class Watch(TorchDispatchMode):
 @pytest.mark.parametrize("reading", ["ordered_classes", "foreground"])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_nothing_that_cannot_repeat_is_called(stage, reading):
-    """Forward and backward, with every term: neither reflected padding nor a sum in floating point by index."""
+    """Forward and backward, with every term: no padding by `F.pad`, no median."""
     torch.manual_seed(0)
     model, r = prepare_for_training(SMFNet("tiny")).train(), recipe("demo", reading=reading)
     assert LossWeights.preset(**r.weights).semantic > 0
