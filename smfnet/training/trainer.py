@@ -519,7 +519,7 @@ class Taken:
     step: int  # steps before it
     names: list[str]  # of the numbers: loss, terms, norms
     numbers: Tensor  # N + the loss of each batch of this process, float64
-    bad: Tensor  # 1, float32: 1 if loss or a norm is not finite
+    bad: Tensor  # float32, 1.0 if loss or a norm is not finite
     batches: list[dict[str, Tensor]]  # what was learned from, as evidence
 
 def _moved(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -538,7 +538,7 @@ def _gradients(self, batches: list[dict[str, Tensor]]) -> Taken:
     self.set_rates()
     numbers = torch.stack([v.double() for v in (*values.values(), *norms.values(), *losses)])
     deciding = torch.stack([v.double() for v in (values["loss"], *norms.values())])
-    bad = (~deciding.isfinite().all()).float()[None]
+    bad = (~deciding.isfinite().all()).float()
     return Taken(self.progress.step, [*values, *norms], numbers, bad, batches)
 
 # %% ../../nbs/05_training/03_trainer.ipynb #1b8767a0
