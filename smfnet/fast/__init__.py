@@ -15,4 +15,5 @@ __getattr__, __dir__, __all__ = front_door(__name__, {
     "prepare_for_training": "training",
     "keep_freed_memory": "memory",
     "arithmetic": "precision",
+    "feed": "feeding",
 })

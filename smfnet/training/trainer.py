@@ -31,6 +31,7 @@ from ..core.progress import remark
 from ..core.provenance import atomic_path
 from ..core.tensor_files import writing
 from ..data.patches import PatchSet
+from ..fast.feeding import feed
 from ..fast.precision import arithmetic
 from ..fast.training import prepare_for_training
 from ..network.model import SMFNet
@@ -99,6 +100,7 @@ class Speed:
     checkpoint_seconds: float | None = None  # least time between checkpoints; None: 0, on GPUs 60
     tf32: bool = True  # on GPUs: float32 products with 10 bits after the point, in training only
     deterministic: bool = False  # on GPUs: the same run gives the same weights, at some cost
+    resident: bool | None = None  # training pairs in the device's memory; None: on GPUs, if they fit
 
     def on(
         self,
@@ -152,6 +154,7 @@ class Trainer:
         with writing(self.folder): self.folder.mkdir(parents=True, exist_ok=True)
         self.log, self.on_record, self.display = self.folder / "log.jsonl", None, None
         self.lines, self.pending, self.writing = Log(self.log), [], None
+        self.source = feed(data, self.device, self.speed.resident)
 
 # %% ../../nbs/05_training/03_trainer.ipynb #98a6e090
 @patch(as_prop=True)
@@ -714,7 +717,7 @@ def _epoch(self, stop: Callable[[], bool]) -> bool:
     self.model.train()
     if r.freeze_bn: freeze_batchnorm(self.model)
     waiting, share = [], (self.team.rank, self.team.size)
-    source = self.data.batches(1000 * p.stage + p.epoch, r.batch, start=p.batch, share=share)
+    source = self.source.batches(1000 * p.stage + p.epoch, r.batch, start=p.batch, share=share)
     for batch in source:
         if p.batch >= self.batches: break
         if not waiting and stop(): return False

@@ -19,7 +19,7 @@ from smfnet.data.images import write_image
 from smfnet.training.processes import main
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = [x for k, v in {"patch": 16, "stride": 8, "batch": 4, "epochs": [1, 1]}.items() for x in ("--set", f"{k}={v}")]
+QUICK = [x for s in ("patch=16", "stride=8", "batch=4", "epochs=[1,1]") for x in ("--set", s)]
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
 
@@ -32,7 +32,7 @@ def script() -> str:
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
-    """A folder with pairs and a run; a call submits the job and gives its status and what was asked of SLURM."""
+    """A folder with pairs and a run; a call submits the job: its status, and what was asked of SLURM."""
     for name in ("ir", "vi"):
         (tmp_path / "data" / name).mkdir(parents=True)
         image = np.random.default_rng(len(name)).random((32, 32), np.float32)
