@@ -468,13 +468,8 @@ def record(self: Trainer, **values) -> None:
     "Append one line to the log, and tell whoever listens."
     if not self.team.main: return
     line = {k: v.item() if isinstance(v, Tensor) else v for k, v in values.items()}
-    _record_all(self, [line])
-
-def _record_all(self, lines: list[dict]) -> None:
-    "Append lines to the log, and tell whoever listens."
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    with writing(self.log): self.lines.append(text)
-    for line in lines if self.on_record else (): self.on_record(line)
+    with writing(self.log): self.lines.append(json.dumps(line) + "\n")
+    if self.on_record: self.on_record(line)
 
 # %% ../../nbs/05_training/03_trainer.ipynb #a813ef14
 def _evidence(self, batch: dict[str, Tensor], step: int, what: str) -> TrainingError:
@@ -599,10 +594,9 @@ def flush(self: Trainer) -> None:
     spent = sum(step["spent"] for step in pending) + time.perf_counter() - start
     self.progress.seconds += spent
     speed = sum(step["images"] for step in pending) / spent
-    lines = [{"kind": "step", **step["where"], "images_per_second": speed, **values}
-             for step, values in zip(pending, results)]
-    if self.team.main and lines: _record_all(self, lines)
-    for line in lines if self.display else (): self.display.step(line["loss"])
+    for step, values in zip(pending, results):
+        self.record(kind="step", **step["where"], images_per_second=speed, **values)
+        if self.display: self.display.step(values["loss"])
     if error:
         raise error
 
