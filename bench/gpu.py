@@ -1,8 +1,8 @@
 """What to check first on a graphics card: `make gpu-check`, or `python -m bench.gpu --help`.
 
 Every check writes its numbers to results/gpu/<card>.json as soon as it is done, and is not done twice:
-stopped at any moment, the same command goes on. At the scale `tiny` everything runs in a minute on a CPU; its numbers
-mean nothing, but nothing in this program waits for a card to be tried.
+stopped at any moment, the same command goes on. At the scale `tiny` everything runs in a minute on a CPU.
+Its numbers mean nothing then, but nothing in this program waits for a card to be tried.
 """
 
 from __future__ import annotations

@@ -254,7 +254,8 @@ def loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # total and detached terms
     "The network's own loss of a batch."
     kind = self.device.split(":")[0]
-    with torch.autocast(kind, torch.bfloat16) if self.amp == "bf16" else nullcontext(): return self.call(batch)
+    low = torch.autocast(kind, torch.bfloat16) if self.amp == "bf16" else nullcontext()
+    with low: return self.call(batch)
 
 # %% ../../nbs/08_tasks/02_loop.ipynb #933c2b2a
 @patch

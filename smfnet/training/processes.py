@@ -66,6 +66,7 @@ def _member(job: str) -> None:
     function, args, kwargs = pickle.loads(Path(job).read_bytes())
     record(function)(*args, **kwargs)
 
+# %% ../../nbs/05_training/04_processes.ipynb #859cb6dd
 def _packed(function: Callable, args: tuple, kwargs: dict) -> bytes:
     "A function and its arguments; `InputError` if other processes could not read them."
     name = getattr(function, "__qualname__", str(function))
@@ -88,6 +89,7 @@ def _listen(stream, kept: list[str]) -> None:
         if line.startswith("train: "): print(line, end="", file=sys.stderr, flush=True)
         else: kept[:] = [*kept[-40:], line]
 
+# %% ../../nbs/05_training/04_processes.ipynb #65234ef6
 def _attend(command: list[str], env: dict[str, str]) -> tuple[int, str]:  # status, last words
     "Run a program to its end and show what it prints; it ends with this call, however that ends."
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}

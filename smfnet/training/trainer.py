@@ -92,6 +92,7 @@ class Team:
 
 # %% ../../nbs/05_training/03_trainer.ipynb #873f2b70
 AHEAD = 10  # steps between two readings on a GPU
+_ONE_BY_ONE = {"read_every": 1, "checkpoint_seconds": 0.0}  # on a CPU
 
 @dataclass(frozen=True)
 class Speed:
@@ -107,9 +108,10 @@ class Speed:
         device: str,  # "cpu", "cuda" …
     ) -> "Speed":
         "With the numbers that a device gets where none was given; `InputError` for what cannot be."
-        gpu, n, s = device.startswith("cuda"), self.read_every, self.checkpoint_seconds
-        n = (AHEAD if gpu else 1) if n is None else n
-        s = (60.0 if gpu else 0.0) if s is None else s
+        gpu = device.startswith("cuda")
+        usual = {"read_every": AHEAD, "checkpoint_seconds": 60.0} if gpu else _ONE_BY_ONE
+        given = {k: getattr(self, k) for k in usual if getattr(self, k) is not None}
+        n, s = ({**usual, **given}[k] for k in ("read_every", "checkpoint_seconds"))
         _check_counts(("read_every", n, 1))
         if isinstance(s, bool) or not isinstance(s, int | float) or not s >= 0:
             raise InputError(f"checkpoint_seconds: {s!r}; give a number of 0 or more")
@@ -261,6 +263,7 @@ def _identity(self, sync_batchnorm: bool) -> dict:
         )
     return found
 
+# %% ../../nbs/05_training/03_trainer.ipynb #ef49fbf6
 def _parted(identity: dict) -> tuple[dict, dict]:  # what must agree to continue, what need not
     "An identity in two."
     recipe = identity["recipe"]
@@ -295,6 +298,7 @@ def _state(self) -> tuple[dict[str, Tensor], dict]:
     state = {"progress": asdict(self.progress), "groups": groups, "identity": self.identity}
     return tensors, {**state, "drawn": self.drawn}
 
+# %% ../../nbs/05_training/03_trainer.ipynb #5acab2cc
 @patch
 def save(self: Trainer) -> Path | None:  # the checkpoint's JSON file; None outside the main process
     "Write a checkpoint of the complete state."
@@ -320,6 +324,7 @@ def _written(self) -> None:
     writing_, self.writing = self.writing, None
     if writing_: writing_.result()
 
+# %% ../../nbs/05_training/03_trainer.ipynb #de7e4f05
 def _checkpoint(self) -> None:
     "A checkpoint if enough time has passed since the last; in a team all read, the main process decides."
     self.flush()
@@ -356,6 +361,7 @@ def _differences(old: dict, new: dict) -> list[str]:
 # %% ../../nbs/05_training/03_trainer.ipynb #07a325f5
 RESULTS = ["log.jsonl", "stage1.safetensors", "stage2.safetensors", "weights.safetensors"]
 
+# %% ../../nbs/05_training/03_trainer.ipynb #06d796d3
 @patch
 def resume(
     self: Trainer,
@@ -387,6 +393,7 @@ def _say_changes(self, old: dict, new: dict) -> None:
     changed = [f"{k} {new[k]!r} instead of {old[k]!r}" for k in new if k in old and old[k] != new[k]]
     if changed and self.team.main: remark(f"{self.folder}: goes on with {', '.join(changed)}")
 
+# %% ../../nbs/05_training/03_trainer.ipynb #039e8816
 def _restore(self, tensors: dict[str, Tensor], state: dict) -> None:
     "Put back everything that a checkpoint holds; what only changes speed stays as it is now."
     self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
@@ -441,6 +448,7 @@ def _append(log: Path, line: str) -> None:
     "Add a line to a log."
     with log.open("ab", buffering=0) as f: _write_whole(f, line)
 
+# %% ../../nbs/05_training/03_trainer.ipynb #bfb376e7
 class Log:
     "A file of lines that is opened at the first of them and stays open until `close`."
     def __init__(
@@ -520,6 +528,7 @@ class Taken:
     bad: Tensor  # float32, 1.0 if loss or a norm is not finite
     batches: list[dict[str, Tensor]]  # what was learned from, as evidence
 
+# %% ../../nbs/05_training/03_trainer.ipynb #185b442c
 def _moved(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     "A batch on the device, in the type of the weights."
     to = lambda v: v.to(self.device, self.dtype if v.is_floating_point() else None, non_blocking=True)
@@ -554,6 +563,7 @@ def _failure(self, t: Taken, values: dict[str, float], losses: list[float]) -> T
     found = next((e for e in self.team.gather(error) if e), None)
     return found or _evidence(self, joined, t.step, f"loss is not finite (terms: {terms})")
 
+# %% ../../nbs/05_training/03_trainer.ipynb #a5b608d1
 def _read(self, taken: list[Taken]) -> tuple[list[dict[str, float]], TrainingError | None]:
     "The numbers of steps, in one transfer: those before the first bad one, and its error."
     rows, found = iter(torch.cat([t.numbers for t in taken]).tolist()), []
@@ -584,6 +594,7 @@ def step_ahead(self: Trainer, batches: list[dict[str, Tensor]]) -> Taken:
     self.optimiser.step()
     return taken
 
+# %% ../../nbs/05_training/03_trainer.ipynb #93ba404c
 @patch
 def flush(self: Trainer) -> None:
     "Read what the last steps left on the device, and write it to the log; a bad step stops the run here."
@@ -661,6 +672,7 @@ def _at_work(self) -> Iterator[None]:
         yield
         _written(self)
 
+# %% ../../nbs/05_training/03_trainer.ipynb #caa75ab1
 @patch
 def fit(
     self: Trainer,
@@ -705,6 +717,7 @@ def _take(self, batches: list[dict[str, Tensor]]) -> None:
     self.pending.append(step)
     if len(self.pending) >= self.speed.read_every: self.flush()
 
+# %% ../../nbs/05_training/03_trainer.ipynb #b085d578
 def _epoch(self, stop: Callable[[], bool]) -> bool:
     "The rest of the current epoch; False when it is time to stop."
     p, r = self.progress, self.recipe
