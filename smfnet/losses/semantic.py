@@ -36,8 +36,8 @@ def jaccard_steps(
     truth: Tensor,  # ...×N bool, in order of falling error
 ) -> Tensor:  # ...×N, sums to 1 over N if anything belongs to the class
     "Growth G of the Jaccard distance as pixels join the mistakes one by one, eqs 24-25."
-    inside = truth.long().cumsum(-1)  # whole numbers add up alike in every order
-    outside = (~truth).long().cumsum(-1)
+    inside = truth.cumsum(-1, dtype=torch.int32)  # whole numbers add up alike in every order
+    outside = torch.arange(1, truth.shape[-1] + 1, device=truth.device) - inside
     total = inside[..., -1:]
     distance = 1 - (total - inside).float() / (total + outside).float()
     return torch.diff(distance, dim=-1, prepend=torch.zeros_like(distance[..., :1]))
