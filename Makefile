@@ -17,10 +17,11 @@ WEIGHTS     ?=
 PROFILE     ?= $(if $(DATA),real,demo)
 SET         ?=
 DRY         ?=
+DEVICE      ?= cuda
 ARGS        ?=
 
 # The shell reads these from its environment, where quotes, blanks, $ and line breaks are letters like any other.
-LITERAL := PYTHON DATA WEIGHTS PROFILE SET DRY FLAGS JOBS
+LITERAL := PYTHON DATA WEIGHTS PROFILE SET DRY FLAGS JOBS DEVICE
 GIVEN    = $(filter command environment,$(origin $(1)))
 $(foreach name,$(LITERAL),$(if $(call GIVEN,$(name)),$(eval override $(name) := $$(value $(name)))))
 export $(LITERAL)
@@ -34,7 +35,7 @@ $(foreach name,VENV CONSTRAINTS,$(if $(call GIVEN,$(name)),$(if $(call ODD,$(nam
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install reproduce reproduce-full test docs browser app bench lint export clean
+.PHONY: help install reproduce reproduce-full test docs browser app bench gpu-check lint export clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -80,6 +81,9 @@ app: $(STAMP)  ## serve nbs/apps as pages on this machine, for who has the token
 
 bench: $(STAMP)  ## time fusion over sizes, and a training step, against a literal version (ARGS="--slow" for all sizes)
 	@$(BIN)/python -m bench.inference $(ARGS)
+
+gpu-check: $(STAMP)  ## what to check first on a graphics card; writes results/gpu/, goes on where it stopped (DEVICE=cpu: a tiny trial)
+	@$(BIN)/python -m bench.gpu "--device=$$DEVICE" $(ARGS)
 
 lint: $(STAMP)  ## check the style of notebooks, modules and tests
 	@$(BIN)/ruff check .

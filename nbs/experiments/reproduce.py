@@ -13,7 +13,7 @@ from glob import glob
 from pathlib import Path
 
 import yaml
-from stages import check_parameters, fingerprint, hold, parameters
+from stages import cards, check_parameters, fingerprint, hold, parameters, wanted_cards
 
 from smfnet.core.checks import InputError, user_path
 from smfnet.core.command import run_command
@@ -181,6 +181,10 @@ class Plan:
             "folders": lambda w: {f: checksum(f) for f in self.inputs(self.values(pattern, **w))[1]},
         }
 
+    def cards(self, pattern: str):
+        """The resource `gpu` of a rule: how many graphics cards a stage computes on."""
+        return lambda w: wanted_cards(self.values(pattern, **w))
+
     def targets(self) -> list[str]:
         """Records of the stages to make; `InputError` for a name that is no stage."""
         names = lambda pattern: self.each[pattern[1:-1]] if pattern[0] == "{" else [pattern.split("-{")[0]]
@@ -204,6 +208,20 @@ def refusing(function):
     return call
 
 
+def need_cards(workflow) -> None:
+    """`InputError` before anything runs, if a stage that is due wants cards and this machine has too few."""
+    if workflow.remote_exec or not workflow.local_exec or not workflow.is_main_process:
+        return  # a cluster has its own
+    for job in workflow.dag.needrun_jobs():
+        count = job.resources.get("gpu", 0)
+        if count > len(cards()):
+            name = Path(job.params.folder).name
+            raise InputError(
+                f"{name}: device=cuda on {count} card(s), but this machine has {len(cards())}; "
+                f'compute elsewhere, or on the processor: SET="{name.split("-")[0]}.device=cpu"'
+            )
+
+
 # --- after a run --------------------------------------------------------------------------------------------
 
 
@@ -216,7 +234,9 @@ def finish(workflow, plan: Plan) -> None:
     if workflow.dryrun:
         for job in filter(dag.needrun, jobs):
             reasons = ", ".join(dag.reason(job).get_names())
-            print(f"would run {Path(job.params.folder).name}: {reasons}")
+            count = job.resources.get("gpu", 0)
+            where = f", on {count} card(s)" if count else ""
+            print(f"would run {Path(job.params.folder).name}: {reasons}{where}")
         return
     if not jobs:  # refused before any stage was known
         return
@@ -315,6 +335,8 @@ def reproduce(args: argparse.Namespace) -> int:
     options += ["--forcerun", *force] if force else []
     options += ["--dry-run"] if args.dry_run else []
     options += ["--keep-going", "--rerun-incomplete", "--max-checksum-file-size", str(2**40)]
+    if not any(a.startswith(("--executor", "--profile", "--resources")) for a in args.snakemake):
+        options += ["--resources", f"gpu={max(1, len(cards()))}"]  # one job a card
     options += ["--cores", args.cores]  # last an option of one value, so that a target may follow
     if not args.snakemake:  # who passes options of Snakemake wants to read all that it says
         logging.getLogger("snakemake.logging").addFilter(lambda record: record.levelno >= logging.WARNING)

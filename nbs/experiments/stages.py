@@ -9,6 +9,8 @@ import hashlib
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -238,6 +240,40 @@ def hold(path, wait: str = "") -> int | None:
     return lock
 
 
+# --- graphics cards -----------------------------------------------------------------------------------------
+
+
+def cards() -> list[str]:
+    """Names of the graphics cards that this process may use; nothing is asked of CUDA for that."""
+    if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name.strip() for name in given.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    return re.findall(r"(?m)^GPU (\d+):", done.stdout)
+
+
+def wanted_cards(params: dict) -> int:
+    """How many cards a stage computes on: one, or one a process; none without device=cuda."""
+    return params.get("processes", 1) if str(params.get("device", "")).startswith("cuda") else 0
+
+
+def take_cards(count: int) -> tuple[int, ...]:
+    """Cards for this job alone, named in CUDA_VISIBLE_DEVICES; their locks, or `InputError`."""
+    taken, found = {}, cards()
+    if count > len(found):
+        raise InputError(f"device: cuda, on {count} card(s), but there are {len(found)} here; use device=cpu")
+    while len(taken) < count:
+        for name in (n for n in found if n not in taken and len(taken) < count):
+            if (lock := hold(f".snakemake/cards/{name}")) is not None:
+                taken[name] = lock
+        if len(taken) < count:  # a stage that somebody runs by hand has the card
+            time.sleep(1)
+    if count:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(taken)
+    return tuple(taken.values())
+
+
 def job_of(text: str) -> dict:
     """What a rule passes to a notebook; `InputError` if it is not JSON of that form."""
     try:
@@ -264,6 +300,8 @@ def stage(argv: list[str] | None) -> int:
         for path in (p for p in job.get("inputs", ()) if not Path(p).exists()):
             raise InputError(f"{path}: is not there; run the stage that makes it first")
         outputs = [o for o in args.outputs if Path(o).name != "provenance.json"]
+        params = check_parameters(args.notebook, job.get("params", {}))
+        Manager.held += take_cards(wanted_cards(params))
         run_notebook(args.notebook, output_dir=args.folder, outputs=outputs, progress=True, **job)
     except (InputError, NotebookFailure) as e:
         print(f"error: {e}", file=sys.stderr)

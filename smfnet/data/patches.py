@@ -151,6 +151,18 @@ def order(
 
 # %% ../../nbs/03_data/05_patches.ipynb #7d100306
 @patch
+def drawn(
+    self: PatchSet,
+    epoch: int,  # 0, 1, …
+    index: int,  # of the patch
+) -> tuple[tuple[int, int], np.ndarray]:  # mirrored up, left (0 or 1); gains of infrared and visible, float32
+    "What chance does to a patch: a pure function of (seed, epoch, index)."
+    def generator(purpose): return np.random.Generator(np.random.PCG64([self.seed, epoch, index, purpose]))
+    flips = tuple(generator(1).integers(0, 2, 2)) if self.flips else (0, 0)
+    gains = generator(2).uniform(1 - self.gain, 1, 2) if self.gain else np.ones(2)
+    return flips, gains.astype(np.float32)
+
+@patch
 def __getitem__(
     self: PatchSet,
     key: tuple[int, int],  # (epoch, index)
@@ -158,13 +170,9 @@ def __getitem__(
     "One pair of patches, mirrored and darkened as (seed, epoch, index) says."
     epoch, index = map(int, key)
     i, y, x = self.items[index]
-    pair = np.stack(_cut(self.pairs[i], y, x, self.patch))
-    def generator(purpose): return np.random.Generator(np.random.PCG64([self.seed, epoch, index, purpose]))
-    if self.flips:
-        up, left = generator(1).integers(0, 2, 2)
-        pair = pair[:, ::1 - 2 * up, ::1 - 2 * left]
-    if self.gain: pair = pair * generator(2).uniform(1 - self.gain, 1, (2, 1, 1)).astype(np.float32)
-    return pair
+    (up, left), gains = self.drawn(epoch, index)
+    pair = np.stack(_cut(self.pairs[i], y, x, self.patch))[:, ::1 - 2 * up, ::1 - 2 * left]
+    return pair * gains[:, None, None] if self.gain else pair
 
 # %% ../../nbs/03_data/05_patches.ipynb #7d100308
 @patch
@@ -179,15 +187,15 @@ def batch(
 
 # %% ../../nbs/03_data/05_patches.ipynb #7d100309
 @patch
-def batches(
+def indices(
     self: PatchSet,
     epoch: int,  # 0, 1, …
     size: int,  # pairs in a batch; an incomplete last batch is dropped
     *,
     start: int = 0,  # first batch to give: a stopped epoch continues here
     share: tuple[int, int] = (0, 1),  # (process, number of processes): which part of every batch to give
-) -> Iterator[dict[str, Tensor]]:  # batches of `ir` and `vis`
-    "The batches of one epoch from any position, or one process's share of each."
+) -> Iterator[np.ndarray]:  # patch indices of each batch
+    "Which patches the batches of an epoch hold, from any position, or one process's share of each."
     rank, world = share
     if size > len(self):
         problem = f"batch: {size} pairs, but the data has only {len(self)} patches"
@@ -197,7 +205,17 @@ def batches(
         raise InputError(f"{problem}; choose a multiple of {world}")
     order, part = self.order(epoch), size // world
     for first in range(start * size + rank * part, len(order) // size * size, size):
-        yield self.batch(epoch, order[first:first + part])
+        yield order[first:first + part]
+
+@patch
+def batches(
+    self: PatchSet,
+    epoch: int,  # 0, 1, …
+    size: int,  # pairs in a batch; an incomplete last batch is dropped
+    **where,  # `start` and `share` of `indices`
+) -> Iterator[dict[str, Tensor]]:  # batches of `ir` and `vis`
+    "The batches of one epoch."
+    for chosen in self.indices(epoch, size, **where): yield self.batch(epoch, chosen)
 
 # %% ../../nbs/03_data/05_patches.ipynb #7d10030b
 @patch

@@ -14,4 +14,6 @@ __getattr__, __dir__, __all__ = front_door(__name__, {
     "Prepared": "prepared",
     "prepare_for_training": "training",
     "keep_freed_memory": "memory",
+    "arithmetic": "precision",
+    "feed": "feeding",
 })

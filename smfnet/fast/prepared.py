@@ -22,6 +22,7 @@ from ..network.cai import GRDB, AffineCoupling, CrossAttention, InverseCoupling,
 from ..core.checks import InputError, check_pair
 from ..network.graph import DILATIONS, CrossModalExchange, GraphReasoning, ScaleReasoning, side_by_side
 from ..network.model import SMFNet
+from .precision import arithmetic
 from .training import joined_kernel
 from smfnet.fast.tiles import (
     GELU, RELU6, Box, Convolution, FeatureMap, Gram, Patch, Plane, Sweep, free_memory, gram, parse_memory,
@@ -586,7 +587,7 @@ def fuse(
     check_pair(vis=vis, ir=ir)
     plane, out = tuple(vis.shape[-2:]), torch.empty_like(vis)
     plan, whole, like = self.schedule(plane), Box(0, plane[0], 0, plane[1]), (self.device, self.dtype)
-    with worker_threads(plan.threads) as run:
+    with arithmetic(), worker_threads(plan.threads) as run:
         sweep = Sweep(plane, plan.tile, run)
         new_map = lambda: FeatureMap(plane, self.config.dim, dtype=self.dtype, device=self.device)
         maps = [new_map() for _ in range(plan.maps)]

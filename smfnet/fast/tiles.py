@@ -367,9 +367,14 @@ def _address_space_free() -> float:
     return math.inf if limit == resource.RLIM_INFINITY else limit - psutil.Process().memory_info().vms
 
 # %% ../../nbs/04_fast/03_tiles.ipynb #652d59be
+def _cuda_free(device: torch.device) -> int:
+    "Bytes that the driver has left, and those that PyTorch holds without using them."
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
 def free_memory(
     device: torch.device | str = "cpu",  # where the memory is
 ) -> int:  # bytes, ≥ 0
     "Memory that can be taken now: of the machine, within the limits of container and process, or of a GPU."
-    if torch.device(device).type == "cuda": return torch.cuda.mem_get_info(device)[0]
+    if torch.device(device).type == "cuda": return _cuda_free(torch.device(device))
     return max(0, int(min(psutil.virtual_memory().available, _cgroup_free(), _address_space_free())))

@@ -4,15 +4,19 @@
 
 # %% auto #0
 __all__ = ['FAST', 'pixel_rows', 'block_attention', 'attend_and_mix', 'joined_kernel', 'FastMDTA', 'FastDenseMDTA',
-           'FastCrossAttention', 'FastEncoder', 'prepare_for_training', 'as_written']
+           'FastCrossAttention', 'FastEncoder', 'FastBaseBranch', 'FastDecoder', 'FastInvertedResidual',
+           'prepare_for_training', 'as_written']
 
 # %% ../../nbs/04_fast/02_training.ipynb #64a261aa
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
 
+from ..losses.reconstruction import padded
 from ..network.attention import MDTA, DenseMDTA
-from ..network.cai import CrossAttention
+from ..network.base import BaseBranch
+from ..network.cai import CrossAttention, InvertedResidual
+from ..network.decoder import Decoder
 from ..network.encoder import Encoder
 
 # %% ../../nbs/04_fast/02_training.ipynb #8d2f2936
@@ -33,10 +37,10 @@ def block_attention(
     temperature: Tensor,  # heads×1×1, multiplies the cosine similarities
 ) -> Tensor:  # B×C×C, one block a head on the diagonal, zero elsewhere; rows sum to 1
     "softmax(T · cos(Q, K)) of all heads."
-    q, k = pixel_rows(q), pixel_rows(k)
-    b, _, c = q.shape
-    heads = len(temperature)
-    cosine = q.transpose(1, 2) @ k / (_length(q)[:, :, None] * _length(k)[:, None])
+    q, k = (pixel_rows(x).to(temperature.dtype) for x in (q, k))
+    (b, _, c), heads = q.shape, len(temperature)
+    with autocast(q.device.type, enabled=False):
+        cosine = q.transpose(1, 2) @ k / (_length(q)[:, :, None] * _length(k)[:, None])
     blocks = cosine.view(b, heads, c // heads, heads, c // heads).diagonal(dim1=1, dim2=3)  # B×c×c×heads
     matrices = torch.softmax(blocks * temperature.flatten(), 2)
     return torch.diag_embed(matrices, dim1=1, dim2=3).reshape(b, c, c)
@@ -49,8 +53,9 @@ def attend_and_mix(
 ) -> Tensor:  # B×C×H×W
     "out(A V): attention and its output convolution in one product, (W A) V + bias."
     b, c, h, w = v.shape
-    kernel = out.weight[:, :, 0, 0] @ attention
-    y = pixel_rows(v) @ kernel.transpose(1, 2)
+    with autocast(v.device.type, enabled=False):
+        kernel = out.weight[:, :, 0, 0] @ attention
+        y = pixel_rows(v).to(kernel.dtype) @ kernel.transpose(1, 2)
     if out.bias is not None: y = y + out.bias
     return y.view(b, h, w, c).permute(0, 3, 1, 2)
 
@@ -99,18 +104,56 @@ class FastCrossAttention(CrossAttention):
 
 # %% ../../nbs/04_fast/02_training.ipynb #17f0da71
 class FastEncoder(Encoder):
-    "The encoder with features that are channels last in memory."
+    "The encoder with features that are channels last in memory; shallow and detail features in full width."
     def forward(
         self,
         image: Tensor,  # B×1×H×W, [0,1]
     ) -> tuple[Tensor, Tensor, Tensor]:  # `shallow`, `base`, `detail`, each B×C×H×W
         "Encode luminance images."
-        shallow = self.shallow(self.embed(image).contiguous(memory_format=torch.channels_last))
-        return shallow, self.base(shallow), self.detail(shallow)
+        with autocast(image.device.type, enabled=False):
+            shallow = self.shallow(self.embed(image).contiguous(memory_format=torch.channels_last))
+        base = self.base(shallow)
+        with autocast(image.device.type, enabled=False): detail = self.detail(shallow)
+        return shallow, base, detail
+
+# %% ../../nbs/04_fast/02_training.ipynb #091ca5c7
+class FastBaseBranch(BaseBranch):
+    "The base branch; what its groups add to begins in full width."
+    def forward(
+        self,
+        x: Tensor,  # B×C×H×W, shallow features
+    ) -> Tensor:  # B×C×H×W, base features
+        "Extract base features."
+        with autocast(x.device.type, enabled=False): first = self.first(x)
+        return self.groups(first)
+
+class FastDecoder(Decoder):
+    "The decoder; its convolutions and the sigmoid in full width."
+    def forward(
+        self,
+        features: Tensor,  # B×C×H×W, sum of base, detail and graph features
+    ) -> Tensor:  # B×1×H×W, [0,1]
+        "Decode features to an image."
+        features = self.block(features.to(self.convs[0].weight.dtype))
+        with autocast(features.device.type, enabled=False): return self.convs(features)
+
+# %% ../../nbs/04_fast/02_training.ipynb #ef5a3980
+class FastInvertedResidual(InvertedResidual):
+    "The ψ of eqs 5–8; its border by index where PyTorch was asked for results that repeat."
+    def forward(
+        self,
+        x: Tensor,  # B×c×H×W
+    ) -> Tensor:  # B×c×H×W
+        "Expand, look around, reduce."
+        if not torch.are_deterministic_algorithms_enabled(): return super().forward(x)
+        expand, relu, local, relu_again, reduce = self
+        x = F.conv2d(padded(relu(expand(x)), 1, 1, "reflect"), local.weight, groups=local.groups)
+        return reduce(relu_again(x))
 
 # %% ../../nbs/04_fast/02_training.ipynb #da3790e5
 FAST = {
     MDTA: FastMDTA, DenseMDTA: FastDenseMDTA, CrossAttention: FastCrossAttention, Encoder: FastEncoder,
+    BaseBranch: FastBaseBranch, Decoder: FastDecoder, InvertedResidual: FastInvertedResidual,
 }
 
 def _exchange(model: nn.Module, classes: dict[type, type]) -> nn.Module:

@@ -6,7 +6,6 @@
 __all__ = ['cc', 'check_features', 'decomposition_stage1', 'decomposition_stage2']
 
 # %% ../../nbs/02_losses/04_decomposition.ipynb #2759048e
-import math
 from collections.abc import Iterable
 
 import torch
@@ -18,7 +17,8 @@ from .reconstruction import check_choice, check_same
 # %% ../../nbs/02_losses/04_decomposition.ipynb #5852e7ef
 def _mean(x: Tensor, dims: tuple[int, ...], keepdim: bool = False) -> Tensor:
     "Mean over some dimensions; the gradient takes the memory layout of x."
-    return x.sum(dims, keepdim=keepdim) / math.prod(x.shape[d] for d in dims)
+    total = x.sum(dims, keepdim=keepdim)
+    return total / (x.numel() // total.numel())
 
 def _correlate(x: Tensor, y: Tensor, dims: tuple[int, ...], eps: float = 1e-12) -> Tensor:
     x, y = x - _mean(x, dims, True), y - _mean(y, dims, True)

@@ -36,11 +36,10 @@ def jaccard_steps(
     truth: Tensor,  # ...×N bool, in order of falling error
 ) -> Tensor:  # ...×N, sums to 1 over N if anything belongs to the class
     "Growth G of the Jaccard distance as pixels join the mistakes one by one, eqs 24-25."
-    truth = truth.float()
-    total = truth.sum(-1, keepdim=True)
-    intersection = total - truth.cumsum(-1)
-    union = total + (1 - truth).cumsum(-1)
-    distance = 1 - intersection / union
+    inside = truth.cumsum(-1, dtype=torch.int32)  # whole numbers add up alike in every order
+    outside = torch.arange(1, truth.shape[-1] + 1, device=truth.device) - inside
+    total = inside[..., -1:]
+    distance = 1 - (total - inside).float() / (total + outside).float()
     return torch.diff(distance, dim=-1, prepend=torch.zeros_like(distance[..., :1]))
 
 # %% ../../nbs/02_losses/03_semantic.ipynb #70ab43fd
@@ -93,13 +92,17 @@ def ordered_scores(
     return torch.softmax(-0.5 * ((x - centres) * (classes / softness)).square(), dim=1)
 
 # %% ../../nbs/02_losses/03_semantic.ipynb #ba156931
+def _lower_median(rows: Tensor) -> Tensor:
+    "B×N -> B×1, the smaller of the two middle values; `median` has no form on GPUs that repeats."
+    return rows.sort(1).values[:, (rows.shape[1] - 1) // 2, None]
+
 def foreground_threshold(
     x: Tensor,  # B×1×H×W, [0,1]
 ) -> Tensor:  # B×1×1×1
     "Robust threshold of each image: median + 1.4826 · median absolute deviation."
     flat = x.flatten(1)
-    median = flat.median(1, keepdim=True).values
-    mad = (flat - median).abs().median(1, keepdim=True).values
+    median = _lower_median(flat)
+    mad = _lower_median((flat - median).abs())
     return (median + 1.4826 * mad).view(-1, 1, 1, 1)
 
 # %% ../../nbs/02_losses/03_semantic.ipynb #d9294ad1

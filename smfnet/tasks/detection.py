@@ -22,7 +22,7 @@ from ..core.provenance import write_json
 from ..data.pairs import get_pairs
 from .detection_scores import Detections
 from .detector import DETECTORS, Detector, DetectorConfig, new_detector
-from .loop import TaskRecipe, TaskTrainer, change
+from .loop import TaskRecipe, TaskTrainer, change, train_task
 from .samples import SOURCES, Samples, TaskBatches
 from .scene_split import check_leaks, split_scenes
 
@@ -83,6 +83,8 @@ def train_detector(
     device: str = "cpu",  # "cpu" or "cuda"
     minutes: float | None = None,  # stop cleanly after this time; None: run to the end
     progress: bool = True,  # show a progress bar
+    processes: int = 1,  # on this machine, that share each batch
+    amp: str = "off",  # "off" or "bf16", on GPUs
 ) -> TaskTrainer:  # `.model` is the network, `.progress.done` tells whether it is complete
     "Train a detector, or continue an interrupted call; `InputError` for boxes that do not fit."
     check_boxes(train)
@@ -90,10 +92,10 @@ def train_detector(
     config = replace(config, channels=train.channels, classes=train.classes, zoom=r.zoom)
     model = new_detector(config, seed=seed, backbone=backbone)
     data = TaskBatches(train, crop=r.crop or None, flips=r.flips, seed=seed)
-    trainer = TaskTrainer(model, data, r, folder, seed=seed, device=device)
-    if not trainer.resume(): torch.manual_seed(seed)  # of the random windows
-    if not trainer.progress.done: trainer.fit(minutes=minutes, progress=progress)
-    return trainer
+    return train_task(
+        model, data, r, folder, seed=seed, device=device, amp=amp, processes=processes, minutes=minutes,
+        progress=progress, reseed=seed,
+    )
 
 # %% ../../nbs/08_tasks/10_detection.ipynb #c67d4bb8
 WRITTEN = 0.1  # least score of a detection in the files for figures; images.npz holds all

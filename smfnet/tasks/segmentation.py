@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..core.checks import InputError
 from ..core.provenance import atomic_path
 from ..data.pairs import get_pairs
-from .loop import TaskRecipe, TaskTrainer, change
+from .loop import TaskRecipe, TaskTrainer, change, train_task
 from .samples import SOURCES, Samples, TaskBatches
 from .segmentation_scores import confusion_matrix
 from .segmenter import IGNORE, SEGMENTERS, Segmenter, SegmenterConfig, new_segmenter
@@ -72,6 +72,8 @@ def train_segmenter(
     device: str = "cpu",  # "cpu" or "cuda"
     minutes: float | None = None,  # stop cleanly after this time; None: run to the end
     progress: bool = True,  # show a progress bar
+    processes: int = 1,  # on this machine, that share each batch
+    amp: str = "off",  # "off" or "bf16", on GPUs
 ) -> TaskTrainer:  # `.model` is the network, `.progress.done` tells whether it is complete
     "Train a segmenter, or continue an interrupted call; `InputError` for masks that do not fit."
     weights = class_weights(check_masks(train), r.balance)
@@ -79,10 +81,10 @@ def train_segmenter(
     config = replace(config, channels=train.channels, classes=len(train.classes), class_weights=weights)
     model = new_segmenter(config, seed=seed, backbone=backbone)
     data = TaskBatches(train, crop=r.crop or None, flips=r.flips, seed=seed)
-    trainer = TaskTrainer(model, data, r, folder, seed=seed, device=device)
-    trainer.resume()
-    if not trainer.progress.done: trainer.fit(minutes=minutes, progress=progress)
-    return trainer
+    return train_task(
+        model, data, r, folder, seed=seed, device=device, amp=amp, processes=processes, minutes=minutes,
+        progress=progress,
+    )
 
 # %% ../../nbs/08_tasks/06_segmentation.ipynb #eabe2fd0
 def check_masks(

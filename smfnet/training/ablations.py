@@ -99,6 +99,7 @@ def train_configuration(
     device: str = "cpu",  # "cpu" or "cuda"
     minutes: float | None = None,  # stop cleanly after this time; None: run to the end
     progress: bool = True,  # show a progress bar
+    restart: bool = False,  # set another run of this folder aside; False: `InputError` if there is one
 ) -> Progress:  # where the run stands
     "Train a configuration, or continue; `InputError` for an unknown name or data that do not fit the recipe."
     model, own, stages = build(name, preset=preset, r=r, seed=seed)
@@ -108,7 +109,7 @@ def train_configuration(
     )
     return train(
         model, patches, own, folder, seed=seed, device=device, stages=stages, minutes=minutes,
-        progress=progress, notes={"ablation": name, "seed": str(seed)},
+        progress=progress, restart=restart, notes={"ablation": name, "seed": str(seed)},
     )
 
 # %% ../../nbs/05_training/06_ablations.ipynb #64a35353

@@ -87,11 +87,13 @@ class Recipe:
     freeze_bn: bool = False  # use and keep running statistics of BatchNorm
     amp: str = "off"  # "off" or "bf16" (GPUs; on CPUs it is slower)
     channels_last: bool = False  # memory format of the network
-    compile: bool = False  # torch.compile the forward pass
+    compile: bool = False  # torch.compile forward pass and loss, as one graph a stage
 
     def __post_init__(self):
         _check_recipe(self)
         object.__setattr__(self, "epochs", tuple(self.epochs))
+        name = "released" if self.loss == "released" else "paper"
+        object.__setattr__(self, "loss_weights", LossWeights.preset(name, **self.weights))
 
 # %% ../../nbs/05_training/02_recipes.ipynb #6b518a9d
 RECIPES = {
@@ -165,8 +167,7 @@ def batch_loss(
     device = batch["ir"].device.type
     with torch.autocast(device, torch.bfloat16) if r.amp == "bf16" else nullcontext():
         features = model(**faded(batch, r.fade), stage=stage)
-    weights = LossWeights.preset("released" if r.loss == "released" else "paper", **r.weights)
-    settings = {"weights": weights, "variant": r.loss}
+    settings = {"weights": r.loss_weights, "variant": r.loss}
     if stage == 1: settings["reading"] = r.reading
     return (stage1_loss, stage2_loss)[stage - 1](features, **batch, **settings)
 

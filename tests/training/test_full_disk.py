@@ -308,18 +308,25 @@ def test_loaded_weights_are_a_decision(tmp_path):
     for number, (model, restarts) in enumerate(
         ((one, 0), (one, 0), (two, 1), (lambda: SMFNet("tiny"), 2), (lambda: SMFNet("tiny"), 2), (one, 3))
     ):
-        started(run_, model(), steps=4 + number)
+        if restarts > len(list(run_.glob("old-*"))):
+            with pytest.raises(InputError, match="holds a run with another initial weights"):
+                started(run_, model(), steps=4 + number)
+        started(run_, model(), steps=4 + number, restart=True)
         assert len(list(run_.glob("old-*"))) == restarts, number
 
 
 def test_trained_weights_are_a_decision(tmp_path):
-    """A second phase that begins where another first phase ended starts over."""
+    """A second phase that begins where another first phase ended starts over, if that is asked for."""
     for seed in (1, 2):
         torch.manual_seed(seed)
         model = SMFNet("tiny")
         started(tmp_path / f"first-{seed}", model)
         assert not model.drawn
-        started(tmp_path / "second", model)
+        if seed == 2:
+            with pytest.raises(InputError, match="holds a run with another initial weights"):
+                started(tmp_path / "second", model)
+            model = load_weights(tmp_path / "first-2" / "weights.safetensors")
+        started(tmp_path / "second", model, restart=seed == 2)
     assert (tmp_path / "second" / "old-1" / "checkpoints").is_dir()
 
 

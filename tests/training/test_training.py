@@ -614,17 +614,24 @@ def step(stage):
     found = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
     found["loss"] = torch.tensor([values["loss"]])
     if t.team.main: save_file(found, folder / f"{stage}-{t.team.size}")
-for stage in (1, 2):
-    step(stage)
-    launch(step, stage, processes=2)
-    one, two = load_file(folder / f"{stage}-1"), load_file(folder / f"{stage}-2")
-    assert one.keys() == two.keys()
-    assert abs(one.pop("loss") / two.pop("loss") - 1) < 1e-5
-    a, b = (torch.cat([g[k].flatten().double() for k in sorted(g)]) for g in (one, two))
-    print(((a - b).norm() / a.norm()).item(), flush=True)  # else forked processes may print it again
+def steps():
+    for stage in (1, 2): step(stage)
+if __name__ == "__main__":
+    import member  # this file by its name: what other processes run must be importable
+    member.steps()
+    launch(member.steps, processes=2)
+    for stage in (1, 2):
+        one, two = load_file(folder / f"{stage}-1"), load_file(folder / f"{stage}-2")
+        assert one.keys() == two.keys()
+        assert abs(one.pop("loss") / two.pop("loss") - 1) < 1e-5
+        a, b = (torch.cat([g[k].flatten().double() for k in sorted(g)]) for g in (one, two))
+        print(((a - b).norm() / a.norm()).item())
 """
+    for number, path in ((1, tmp_path), (2, HERE)):
+        program = program.replace(f"sys.argv[{number}]", repr(str(path)))
+    (tmp_path / "member.py").write_text(program)
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path), str(HERE)],
+        [sys.executable, str(tmp_path / "member.py")],
         cwd=ROOT,
         capture_output=True,
         text=True,
