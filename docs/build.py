@@ -207,8 +207,6 @@ SWIPE = '<iframe class="swipe" src="_static/swipe.html" title="{}" loading="lazy
 def start_page(url: str) -> str:
     """README with the picture that can be dragged, and all other pages in its table of contents."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    anchors = {jupyter_anchor(h).lower(): jupyter_anchor(h) for h in re.findall(r"^#+ (.+)$", text, re.M)}
-    text = re.sub(r"\(#([\w-]+)\)", lambda m: f"(#{anchors[m[1]]})", text)
     text = HERO.sub(lambda m: SWIPE.format(m[1]), text)
     return f"{rewrite(text, ROOT / 'README.md', url)}\n\n{contents()}"
 

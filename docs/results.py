@@ -59,8 +59,8 @@ def short_table(name: str = "TNO") -> str:
         f"Means over the {n} pairs of {name}'s test set under the protocol `table1`, which meets DIDFuse's "
         "printed row to its last digit; our networks' images as the authors' code saves them. Measured "
         f"{made(runs['paper'])}, by `make reproduce DATA=DIR WEIGHTS=paper` and `WEIGHTS=tiny`. **Not "
-        "reproduced:** the first row; the authors' checkpoint has not been measured here. See "
-        "[how far reproduced](#what-is-reproduced-so-far)."
+        "reproduced:** the first row; the authors' checkpoint has not been measured here; "
+        "what is reproduced so far is told below."
     )
     return "\n".join([*lines, "", note])
 

@@ -86,16 +86,19 @@ def padded(
 def gaussian_window(
     size: int,  # taps, odd
     sigma: float,  # standard deviation, in taps
+    dtype: torch.dtype = torch.float32,  # in which it is computed
 ) -> tuple[float, ...]:  # sum 1
     "A sampled Gaussian."
-    taps = torch.exp(-(torch.arange(size) - size // 2.0) ** 2 / (2 * torch.tensor(sigma) ** 2))
+    places = torch.arange(size, dtype=dtype) - size // 2.0
+    taps = torch.exp(-places ** 2 / (2 * torch.tensor(sigma, dtype=dtype) ** 2))
     return tuple((taps / taps.sum()).tolist())
 
-_WINDOW = gaussian_window(11, 1.5)
+_WINDOW = {dtype: gaussian_window(11, 1.5, dtype) for dtype in (torch.float32, torch.float64)}
 
 def _blurred(x: Tensor) -> Tensor:
     "The local mean of each channel under the window."
-    window, reach = constant(_WINDOW, x), len(_WINDOW) // 2
+    taps = _WINDOW.get(x.dtype, _WINDOW[torch.float32])
+    window, reach = constant(taps, x), len(taps) // 2
     flat = padded(x.flatten(0, 1)[:, None], 0, reach, "reflect")
     flat = padded(F.conv2d(flat, window[None, None, None]), reach, 0, "reflect")
     return F.conv2d(flat, window[None, None, :, None]).view(x.shape)

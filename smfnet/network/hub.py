@@ -40,11 +40,11 @@ def hub_class() -> type:  # a `ModelHubMixin` that holds a network as `model`
 
         @classmethod
         def _from_pretrained(cls, *, model_id, **place):
-            path = Path(model_id, FILE)
+            local = Path(model_id, FILE)
             known = ("revision", "cache_dir", "force_download", "local_files_only", "token")
             options = {k: place[k] for k in known if k in place}
-            if not path.is_file(): path = hub.hf_hub_download(repo_id=model_id, filename=FILE, **options)
-            return cls(SMFNet.load(path))
+            if local.is_file(): return cls(SMFNet.load(local))
+            return cls(SMFNet.load(hub.hf_hub_download(repo_id=model_id, filename=FILE, **options)))
     return OnHub
 
 # %% ../../nbs/01_network/11_hub.ipynb #f46ab555
@@ -62,8 +62,9 @@ def from_hub(
         raise InputError(f"{name}: holds no {FILE}; give a folder written by save_pretrained")
     on_hub = hub_class()
     try: return on_hub.from_pretrained(str(name), **options).model
+    except InputError:
+        raise
     except (OSError, ValueError) as e:  # no network, repository, file or permission; no such name
-        if isinstance(e, InputError): raise
         raise InputError(f"{name}: no {FILE} could be had from the hub ({_reason(e)})") from e
 
 def save_on_disk(
