@@ -57,8 +57,8 @@ def short_table(name: str = "TNO") -> str:
     n = int(rows["n"].max())
     note = (
         f"Means over the {n} pairs of {name}'s test set under the protocol `table1`, which meets DIDFuse's "
-        "printed row to its last digit; our networks' images as the authors' code saves them; the tiny one was "
-        "trained on after a look at test means, which flatters its row. Measured "
+        "printed row to its last digit; our networks' images as the authors' code saves them; the tiny one "
+        "was trained on after a look at test means, which flatters its row. Measured "
         f"{made(runs['paper'])}, by `make reproduce DATA=DIR WEIGHTS=paper` and `WEIGHTS=tiny`. **Not "
         "reproduced:** the first row; the authors' checkpoint has not been measured here; "
         "what is reproduced so far is told below."
