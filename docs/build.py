@@ -115,9 +115,7 @@ def read_notebook(path: Path) -> dict:
     for cell in nb["cells"]:
         for output in cell.get("outputs", []):
             if output["output_type"] == "error":
-                raise BrokenNotebook(
-                    f"{path}: a stored output is an error, {output.get('ename')}; run it"
-                )
+                raise BrokenNotebook(f"{path}: a stored output is an error, {output.get('ename')}; run it")
     return nb
 
 
