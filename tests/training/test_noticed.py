@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from test_steps import WALK, loaded, log_of, patches, walk
 
+from smfnet.core.checks import InputError
 from smfnet.training import trainer as training
 from smfnet.training.processes import train
 from smfnet.training.recipes import learning_rate, recipe
@@ -44,15 +45,15 @@ def test_the_length_that_is_shown_is_the_length_of_the_run(
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_speed_counts_every_image_of_a_step(tmp_path, quick, monkeypatch, accumulate):
-    """By a clock on which each step takes half a second."""
+    """By a clock on which each step takes half a second, and reading its numbers as long."""
     clock = iter(range(10**6))
     fake = SimpleNamespace(monotonic=training.time.monotonic, perf_counter=lambda: next(clock) / 2)
     monkeypatch.setattr(training, "time", fake)
     t = life(tmp_path, accumulate=accumulate, epochs=(1, 1))
     assert t.fit(progress=False)
     speeds = [r["images_per_second"] for r in log_of(tmp_path, "step")]
-    assert speeds == [2 * accumulate / 0.5] * (12 // accumulate)
-    assert t.progress.seconds == len(speeds) / 2
+    assert speeds == [2 * accumulate] * (12 // accumulate)
+    assert t.progress.seconds == len(speeds)
 
 
 @pytest.mark.parametrize("steps", [4, 6, 18, 36, 0])
@@ -65,14 +66,18 @@ def test_asking_again_for_what_is_done_changes_nothing(tmp_path, quick, steps):
 
 
 def test_a_shorter_run_is_not_the_longer_one_cut_off(tmp_path, quick):
-    """Asked for fewer steps than are done, the run starts over; asked for more, it goes on."""
+    """Asked for fewer steps than are done, the run is refused, or starts over; asked for more, it goes on."""
 
-    def run(steps):
+    def run(steps, restart=True):
         r = recipe("paper", **WALK)
-        return train(loaded(0), patches(2), r, tmp_path, steps=steps, progress=False).step
+        return train(loaded(0), patches(2), r, tmp_path, steps=steps, progress=False, restart=restart).step
 
     aside = lambda: len(list(tmp_path.glob("old-*")))
-    assert [(run(steps), aside()) for steps in (4, 9, 8, 10, 2)] == [(4, 0), (9, 0), (8, 1), (10, 1), (2, 2)]
+    assert [(run(steps), aside()) for steps in (4, 9)] == [(4, 0), (9, 0)]
+    with pytest.raises(InputError, match=r"another length \(9 steps, more than 8\).*say restart"):
+        run(8, restart=False)
+    assert aside() == 0 and run(9, restart=False) == 9
+    assert [(run(steps), aside()) for steps in (8, 10, 2)] == [(8, 1), (10, 1), (2, 2)]
     assert [r["step"] for r in log_of(tmp_path, "step")] == [1, 2]
 
 
