@@ -1,5 +1,6 @@
 """Slips that a reader planted in the training room and no test had noticed; each test is for their kind."""
 
+import contextlib
 import json
 import math
 from types import SimpleNamespace
@@ -7,13 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_steps import WALK, loaded, log_of, patches, walk
+from test_steps import WALK, loaded, log_of, pair, patches, walk
 
 from smfnet.core.checks import InputError
+from smfnet.data.patches import PatchSet
+from smfnet.fast.feeding import AT_ONCE, ResidentPatches
 from smfnet.training import trainer as training
 from smfnet.training.processes import train
 from smfnet.training.recipes import learning_rate, recipe
-from smfnet.training.trainer import Display, Progress, Trainer, TrainingError
+from smfnet.training.trainer import Display, Progress, Speed, Trainer, TrainingError
 
 
 def life(folder, model=0, *, stages=(1, 2), **settings) -> Trainer:
@@ -143,3 +146,49 @@ def test_a_rate_below_the_floor_is_not_raised_to_it(lr, floor):
     """The floor ends a decay; it is no rate that nobody asked for."""
     r = recipe("paper", lr=lr, lr_floor=floor)
     assert {learning_rate(r, age) for age in (0, 19, 20, 119)} == {lr}
+
+
+# --- the second list ---------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_written_late_is_of_the_step_it_names(tmp_path, monkeypatch):
+    """By a thread that does nothing before somebody waits for it, while training goes on."""
+    asked = {}
+
+    class Late(contextlib.nullcontext):
+        def submit(self, function, folder, step, tensors, state):
+            asked[step] = {k: v.clone() for k, v in tensors.items()}
+            return SimpleNamespace(result=lambda: function(folder, step, tensors, state))
+
+    monkeypatch.setattr(training, "ThreadPoolExecutor", Late)
+    r, speed = recipe("paper", **WALK), Speed(read_every=2, checkpoint_seconds=0)
+    t = Trainer(loaded(0), patches(2), r, tmp_path, checkpoint_every=2, speed=speed)
+    assert t.fit(progress=False, steps=5) and list(asked) == [2, 4]
+    for step, then in asked.items():
+        kept = load_file(tmp_path / f"checkpoints/step-{step:09d}.safetensors")
+        assert kept.keys() == then.keys() and all(torch.equal(v, then[k]) for k, v in kept.items())
+    assert not torch.equal(asked[2]["model.encoder.embed.weight"], asked[4]["model.encoder.embed.weight"])
+
+
+def test_what_train_hands_back_is_ready_for_use(tmp_path, quick):
+    """Every module in evaluation mode, also after a run that was stopped, and as it is in the file."""
+    for steps in (3, 0):
+        model = loaded(0)
+        train(model, patches(2), recipe("paper", **WALK), tmp_path, steps=steps, progress=False)
+        assert not [name for name, m in model.named_modules() if m.training]
+        saved = load_file(tmp_path / "weights.safetensors")
+        assert all(torch.equal(v, saved[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("start", [0, 1, AT_ONCE, AT_ONCE + 1])
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_epoch_from_memory_may_be_long(start, size):
+    """Longer than what travels together, by a whole and by a part, from any batch on."""
+    data = PatchSet([pair(shape=(40, 29))], patch=16, stride=2, gain=0.2, seed=3)
+    assert len(data) // size > AT_ONCE and len(data) // size % AT_ONCE
+    same = zip(
+        data.batches(5, size, start=start),
+        ResidentPatches(data, "cpu").batches(5, size, start=start),
+        strict=True,
+    )
+    assert all(torch.equal(a[k], b[k]) for a, b in same for k in a)
