@@ -402,18 +402,20 @@ def _frame_images(d: DataSet, s: Split, folder: Path, stem: str) -> list[Path]:
         if any(found):
             lacking = sides[found.index(None)]
             raise InputError(f"{lacking}: no partner of {found[found[0] is None]}; add it or move the file away")
-    raise InputError(f"{folder}: no image {stem} in {', '.join(s.extra['images'])}; {d.guide}")
+    hint = f"smfnet data get {d.name} says how to get it"
+    raise InputError(f"{folder}: no image {stem} in {', '.join(s.extra['images'])}; {hint}")
 
 # %% ../../nbs/03_data/08_pairs.ipynb #d600554f
 def _frame(d: DataSet, s: Split, folder: Path, stem: str, known) -> tuple[Path, Path, Path, Path]:
     "All files of a frame; `InputError` for what is missing or has another length than `known`."
     images, masks = _frame_images(d, s, folder, stem), s.extra["masks"]
+    hint = f"smfnet data get {d.name} says how to get it"
     mask = next(filter(None, (_beside(folder / masks[k], stem, ".png") for k in ("folder", "or"))), None)
     if mask is None:
-        raise InputError(f"{folder / masks['folder']}: no mask {stem}.png; {d.guide}")
-    objects = _beside(folder / s.extra["boxes"]["folder"], stem, ".txt")
-    if objects is None:
-        raise InputError(f"{folder / s.extra['boxes']['folder']}: no annotation for {stem}; {d.guide}")
+        raise InputError(f"{folder / masks['folder']}: no mask {stem}.png; {hint}")
+    boxes = folder / s.extra["boxes"]["folder"]
+    if (objects := _beside(boxes, stem, ".txt")) is None:
+        raise InputError(f"{boxes}: no annotation for {stem}; {hint}")
     for path, f in zip((*images, mask), known.files if known else ()):
         if path.suffix == ".png" and not _has_length(path, f.bytes):
             raise InputError(f"{path}: of another length than the registry says; copy the file again")

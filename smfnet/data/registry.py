@@ -224,10 +224,11 @@ def frame_parts(
     path = REGISTRY.parent / file
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        parts, apart = {name: tuple(stored[name]) for name in ("train", "test")}, stored["apart"]
+        parts, apart = {k: tuple(stored[k]) for k in ("train", "test")}, int(stored["apart"])
         every = sorted({*parts["train"], *parts["test"], *stored["between"]})
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise InputError(f"{path}: no readable division into train, test and between ({e}); copy it again") from e
+        problem = f"{path}: no readable division into train, test and between ({e!r})"
+        raise InputError(f"{problem}; copy it again") from e
     check_frames(parts, apart=apart, name=str(path))
     if len(every) != sum(map(len, parts.values())) + len(stored["between"]):
         raise InputError(f"{path}: names a frame twice; each belongs to train, to test or between")
