@@ -400,8 +400,8 @@ def _frame_images(d: DataSet, s: Split, folder: Path, stem: str) -> list[Path]:
         found = [_beside(side, stem, ".png", ".webp") for side in sides]
         if all(found): return found
         if any(found):
-            lacking = sides[found.index(None)]
-            raise InputError(f"{lacking}: no partner of {found[found[0] is None]}; add it or move the file away")
+            alone = f"no partner of {found[found[0] is None]}"
+            raise InputError(f"{sides[found.index(None)]}: {alone}; add it or move the file away")
     hint = f"smfnet data get {d.name} says how to get it"
     raise InputError(f"{folder}: no image {stem} in {', '.join(s.extra['images'])}; {hint}")
 
@@ -426,7 +426,8 @@ def _framed(d: DataSet, s: Split, folder: Path) -> Pairs:
     "The frames that a data file names; a problem for each that is not whole."
     result, proven = Pairs(), s.extra["frames"].get("proven")
     known = {p.stem: p for p in find_set(d.root).split(proven).pairs} if proven else {}
-    classes = {f"{k}_classes": tuple(s.extra[name]["classes"]) for k, name in (("mask", "masks"), ("box", "boxes"))}
+    both = (("mask_classes", "masks"), ("box_classes", "boxes"))
+    classes = {k: tuple(s.extra[name]["classes"]) for k, name in both}
     for stem in s.stems:
         try: result.pairs.append((stem, Files(*_frame(d, s, folder, stem, known.get(stem)), **classes)))
         except InputError as e: result.problems[stem] = str(e)

@@ -211,8 +211,8 @@ def check_frames(
     if close:
         (i, one, a), (k, two, b) = close[0]
         raise InputError(
-            f"{name}: {a} and {b} share {len(close)} place(s), such as {one} and {two}, {k - i} frames apart; "
-            f"leave out frames until the parts are {apart} apart"
+            f"{name}: {a} and {b} share {len(close)} place(s), such as {one} and {two}, {k - i} frames "
+            f"apart; leave out frames until the parts are {apart} apart"
         )
 
 # %% ../../nbs/03_data/06_registry.ipynb #00752094

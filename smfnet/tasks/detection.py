@@ -153,7 +153,7 @@ def open_inputs(
     data: str | Path = "",  # folder that holds train/ and test/
     set: str = "",  # instead of `data`: a set of the registry with boxes, such as M3FD
     root: str | Path = "",  # where sets lie; empty: SMFNET_DATA, then data/
-    fused: str | Path = "",  # holds <part>/<input>/, empty: <data>/<part>/fused; of a set that is divided here: <input>/
+    fused: str | Path = "",  # <part>/<input>/ in it, empty: <data>/<part>/fused; set without parts: <input>/
     size: tuple[int, int] | None = None,  # H, W, to which everything is resized
     split_seed: int = 0,  # of the division of a set
     names: Sequence[str] = ("train", "test"),  # which parts

@@ -40,10 +40,11 @@ def test_blocks_are_whole_and_apart(seed, block, apart):
 
 
 def test_the_first_fair_division():
-    """A class that is there in number is on both sides by both lights; without such a draw there is an error."""
+    """A class that is there in number is on both sides by both lights; without such a draw, an error."""
     shows = {s: [k % 3 == 0, k % 50 == 0] for k, s in enumerate(DRIVES)}
     seed, parts = draw_frames(shows)
-    assert is_fair(parts, shows) and not any(is_fair(split_frames(DRIVES, seed=k), shows) for k in range(seed))
+    earlier = [split_frames(DRIVES, seed=k) for k in range(seed)]
+    assert is_fair(parts, shows) and not any(is_fair(p, shows) for p in earlier)
     clustered = {s: [k < 15] for k, s in enumerate(DRIVES)}
     assert not is_fair(split_frames(DRIVES, seed=0), clustered)
     with pytest.raises(InputError, match="frames: no seed gives a fair division"):
