@@ -11,6 +11,7 @@ from fastcore.docments import docments
 
 from smfnet._modidx import d as INDEX
 
+ROOT = Path(__file__).resolve().parents[1]
 EMPTY = inspect.Parameter.empty
 
 
@@ -151,7 +152,7 @@ def write_pages(out: Path) -> list[str]:
     folder, names = out / "api", modules()
     folder.mkdir(parents=True, exist_ok=True)
     for module in names:
-        (folder / f"{module}.md").write_text(page(module), encoding="utf-8")
+        (folder / f"{module}.md").write_text(page(module).replace(f"{ROOT}/", ""), encoding="utf-8")
     rows = [f"| [{m}]({m}.md) | {cell(docstring(importlib.import_module(m)))} |" for m in names]
     index = [
         "# Modules",

@@ -199,6 +199,7 @@ def contents() -> str:
 
 
 HERO = re.compile(r"!\[([^\]]*)\]\(figures/swipe\.webp\)")
+INSIDE = "<style>body { margin: 0 } .smf-swipe { width: 100% !important }</style>"  # as wide as its frame
 SWIPE = '<iframe class="swipe" src="_static/swipe.html" title="{}" loading="lazy"></iframe>'
 
 
@@ -213,7 +214,8 @@ def copy_static(out: Path) -> None:
     """Style, script, the picture that can be dragged, and MathJax, which then needs no network."""
     static = out / "_static"
     shutil.copytree(ROOT / "docs" / "_static", static)
-    shutil.copyfile(ROOT / "figures" / "swipe.html", static / "swipe.html")
+    swipe = (ROOT / "figures" / "swipe.html").read_text(encoding="utf-8")
+    (static / "swipe.html").write_text(swipe.replace("</head>", f"{INSIDE}</head>"), encoding="utf-8")
     mathjax = Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent / "static" / "mathjax"
     shutil.copytree(mathjax / "output" / "chtml", static / "mathjax" / "output" / "chtml")
     shutil.copyfile(mathjax / "tex-chtml.js", static / "mathjax" / "tex-chtml.js")

@@ -30,7 +30,7 @@ from ..fusion.files import ready_model
 from ..fusion.model_zoo import find_weights, is_registered, weights_file
 from ..metrics import evaluate
 from ..metrics.files import gray_levels, images_by_stem, read_gray
-from ..metrics.protocols import METRICS, Scores
+from ..metrics.protocols import METRIC_NOTES, METRICS, Scores
 from ..network.model import PRESETS
 
 # %% ../../nbs/10_compare/05_collection.ipynb #0072e72e
@@ -342,17 +342,7 @@ def ranks(
     return marks
 
 # %% ../../nbs/10_compare/05_collection.ipynb #f6d4f7e2
-ABOUT = {
-    "EN": "entropy, in bits: how evenly the grey levels are used; higher is better",
-    "SD": "standard deviation of the grey levels: contrast; higher is better",
-    "SF": "spatial frequency: size of the steps between neighbouring pixels; higher is better",
-    "MI": "mutual information, in nats: what the result tells about the sources; higher is better",
-    "SCD": "sum of correlations of differences: what was taken from each source; higher is better",
-    "VIF": "visual information fidelity: how much of the sources an eye could still see; higher is better",
-    "Qabf": "edges of the sources that the result keeps, from 0 to 1; higher is better",
-    "AG": "average gradient: sharpness; higher is better",
-    "SSIM": "structural similarity to the sources, summed over both; higher is better",
-}
+ABOUT = {metric: f"{note}; higher is better" for metric, note in METRIC_NOTES.items()}
 
 def captions(
     scores: Mapping[str, Mapping[str, float]],  # method -> metric -> value

@@ -107,14 +107,14 @@ METRICS: dict[str, Callable[..., Tensor]] = {
 
 # %% ../../nbs/07_metrics/07_protocols.ipynb #e1d0a202
 METRIC_NOTES = {  # metric -> what it measures; in all of them the higher value counts as the better
-    "EN": "entropy of the gray levels",
-    "SD": "standard deviation of the gray levels, contrast",
-    "SF": "spatial frequency, the size of steps between neighbours",
-    "MI": "mutual information with both sources",
-    "SCD": "sum of the correlations of differences with the sources",
-    "VIF": "visual information fidelity towards both sources",
-    "Qabf": "edges that were carried over from the sources",
-    "AG": "average gradient, sharpness",
+    "EN": "entropy: how evenly the grey levels are used",
+    "SD": "standard deviation of the grey levels: contrast",
+    "SF": "spatial frequency: size of the steps between neighbouring pixels",
+    "MI": "mutual information: what the result tells about the sources",
+    "SCD": "sum of correlations of differences: what was taken from each source",
+    "VIF": "visual information fidelity: how much of the sources an eye could still see",
+    "Qabf": "edges of the sources that the result keeps, from 0 to 1",
+    "AG": "average gradient: sharpness",
     "SSIM": "structural similarity to both sources",
 }
 

@@ -571,7 +571,7 @@ def test_never_an_old_picture_under_a_new_name(tmp_path_factory):
     notebook = folder / "apps" / "compare.ipynb"
     text = notebook.read_text(encoding="utf-8")
     asked = text.replace(
-        "sets: list[str] | None = None", 'sets: list = [\\"scenes:test\\", \\"scenes:val\\"]'
+        "sets: list[str] = []", 'sets: list = [\\"scenes:test\\", \\"scenes:val\\"]'
     )
     assert asked != text
     notebook.write_text(asked, encoding="utf-8")

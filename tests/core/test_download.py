@@ -82,3 +82,12 @@ def test_pauses_grow(site, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"503 .*\(4 attempts\)"):
         fetch(known(site), tmp_path, attempts=4, pause=5)
     assert pauses == [5, 10, 15]
+
+
+@pytest.mark.parametrize("more", [0, 1, 9999])
+def test_a_half_that_is_longer_than_the_file_costs_one_attempt(site, tmp_path, more):
+    """The server refuses the rest of what has none (416); the half goes, and the file comes."""
+    (tmp_path / "file.bin.part").write_bytes(bytes(len(CONTENT) + more))
+    assert fetch(known(site), tmp_path, pause=0.01).read_bytes() == CONTENT
+    assert site.asked == [("file.bin", len(CONTENT) + more)] and site.visits == {"file.bin": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["file.bin"]

@@ -5,6 +5,7 @@ import os
 import shutil
 import tarfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from smfnet.data.acquire import add, get, inventory, unpack, verify
 from smfnet.data.images import common_range, read_image
 from smfnet.data.matching import find_pairs
 from smfnet.data.pairs import get_pairs, read_boxes
+from smfnet.data.registry import data_roots, write_root
 
 # --- splits that share files ------------------------------------------------------------------------------
 
@@ -49,6 +51,23 @@ def test_lists_of_one_folder_share_it_silently(tmp_path):
     shutil.copy(tmp_path / "MFNet/images/00001D.png", tmp_path / "MFNet/images/00000D.png")
     notes = verify("MFNet", root=tmp_path).notes
     assert any("train and test share the content of 1 files" in note for note in notes)
+
+
+def test_a_place_that_is_named_receives_the_set(toy, site, tmp_path, monkeypatch):  # noqa: F811
+    """Though it is complete where reading looks first; only without a name is nothing to be done."""
+    monkeypatch.setenv("SMFNET_DATA", str(tmp_path / "home"))
+    outcome = fetch(toy, site, tmp_path, splits=["test"])
+    assert len(outcome.installed) == 1 and not outcome.notes and len(site.visits) == 6
+    assert verify(toy, "test", root=tmp_path / "data").pairs == {"test": (3, 3)}
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(toy, tmp_path, monkeypatch):  # noqa: F811
+    """In the variable, where no shell replaces it, and in arguments."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SMFNET_DATA", "~/home")
+    monkeypatch.chdir(tmp_path)
+    assert data_roots() == [tmp_path / "home", Path("data")] and len(get_pairs(toy, "test")) == 3
+    assert data_roots("~/home") == [tmp_path / "home"] and write_root("~/x") == tmp_path / "x"
 
 
 # --- archives and folders ---------------------------------------------------------------------------------
@@ -158,3 +177,13 @@ def test_the_range_of_a_series_is_that_of_its_brightest_file(tmp_path, brightest
         values = np.linspace(0, top, 400).astype(np.uint16).reshape(20, 20)
         Image.fromarray(values).save(tmp_path / f"{i}.png")
     assert common_range(sorted(tmp_path.glob("*.png"))) == (0, 16383)
+
+
+@pytest.mark.parametrize("modality", ["ir", "vis"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_given_range_counts_at_every_depth(tmp_path, modality, dtype):
+    """Also where the format has a white of its own."""
+    values = np.linspace(0, 255, 400).astype(dtype).reshape(20, 20)
+    Image.fromarray(values).save(tmp_path / "x.png")
+    found = read_image(tmp_path / "x.png", modality=modality, range=(50, 150)).luminance
+    np.testing.assert_allclose(found, np.clip((values.astype(float) - 50) / 100, 0, 1), atol=1e-6)

@@ -375,7 +375,7 @@ def test_other_methods_are_measured_like_ours(study):
     )
 
 
-@pytest.mark.parametrize("damage", ["missing", "broken", "size", "extra"])
+@pytest.mark.parametrize("damage", ["missing", "broken", "size", "renamed"])
 def test_one_bad_image_stops_the_measurement_and_is_named(study, damage):
     file = study / "data/fused/own/Theirs/b.png"
     if damage == "missing":
@@ -385,10 +385,16 @@ def test_one_bad_image_stops_the_measurement_and_is_named(study, damage):
     elif damage == "size":
         Image.new("L", (20, 20)).save(file)
     else:
-        Image.new("L", (64, 48)).save(file.with_name("z.png"))
-    with pytest.raises(InputError, match="z.png" if damage == "extra" else r"Theirs|b\.png") as caught:
+        file.rename(file.with_name("z.png"))
+    with pytest.raises(InputError, match=r"Theirs|b\.png") as caught:
         measure_set(set_folders("own", data=study / "data"), methods_of(study))
-    assert ("z" if damage == "extra" else "b") in str(caught.value)
+    assert "b" in str(caught.value) and ("z.png" in str(caught.value)) == (damage == "renamed")
+
+
+def test_an_image_beyond_the_set_is_left_out_with_a_remark(study):
+    Image.new("L", (64, 48)).save(study / "data/fused/own/Theirs/z.png")
+    tables = measure_set(set_folders("own", data=study / "data"), methods_of(study))
+    assert len(tables["Theirs"]) == 3 and "z.png" in tables["Theirs"].attrs["notes"][0]
 
 
 def test_the_same_method_in_both_places_is_refused(study):

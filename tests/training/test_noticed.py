@@ -1,5 +1,6 @@
 """Slips that a reader planted in the training room and no test had noticed; each test is for their kind."""
 
+import contextlib
 import json
 import math
 from types import SimpleNamespace
@@ -7,12 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_steps import WALK, loaded, log_of, patches, walk
+from test_steps import WALK, loaded, log_of, pair, patches, walk
 
+from smfnet.core.checks import InputError
+from smfnet.data.patches import PatchSet
+from smfnet.fast.feeding import AT_ONCE, ResidentPatches
 from smfnet.training import trainer as training
 from smfnet.training.processes import train
 from smfnet.training.recipes import learning_rate, recipe
-from smfnet.training.trainer import Display, Progress, Trainer, TrainingError
+from smfnet.training.trainer import Display, Progress, Speed, Trainer, TrainingError
 
 
 def life(folder, model=0, *, stages=(1, 2), **settings) -> Trainer:
@@ -44,15 +48,15 @@ def test_the_length_that_is_shown_is_the_length_of_the_run(
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_speed_counts_every_image_of_a_step(tmp_path, quick, monkeypatch, accumulate):
-    """By a clock on which each step takes half a second."""
+    """By a clock on which each step takes half a second, and reading its numbers as long."""
     clock = iter(range(10**6))
     fake = SimpleNamespace(monotonic=training.time.monotonic, perf_counter=lambda: next(clock) / 2)
     monkeypatch.setattr(training, "time", fake)
     t = life(tmp_path, accumulate=accumulate, epochs=(1, 1))
     assert t.fit(progress=False)
     speeds = [r["images_per_second"] for r in log_of(tmp_path, "step")]
-    assert speeds == [2 * accumulate / 0.5] * (12 // accumulate)
-    assert t.progress.seconds == len(speeds) / 2
+    assert speeds == [2 * accumulate] * (12 // accumulate)
+    assert t.progress.seconds == len(speeds)
 
 
 @pytest.mark.parametrize("steps", [4, 6, 18, 36, 0])
@@ -65,14 +69,18 @@ def test_asking_again_for_what_is_done_changes_nothing(tmp_path, quick, steps):
 
 
 def test_a_shorter_run_is_not_the_longer_one_cut_off(tmp_path, quick):
-    """Asked for fewer steps than are done, the run starts over; asked for more, it goes on."""
+    """Asked for fewer steps than are done, the run is refused, or starts over; asked for more, it goes on."""
 
-    def run(steps):
+    def run(steps, restart=True):
         r = recipe("paper", **WALK)
-        return train(loaded(0), patches(2), r, tmp_path, steps=steps, progress=False).step
+        return train(loaded(0), patches(2), r, tmp_path, steps=steps, progress=False, restart=restart).step
 
     aside = lambda: len(list(tmp_path.glob("old-*")))
-    assert [(run(steps), aside()) for steps in (4, 9, 8, 10, 2)] == [(4, 0), (9, 0), (8, 1), (10, 1), (2, 2)]
+    assert [(run(steps), aside()) for steps in (4, 9)] == [(4, 0), (9, 0)]
+    with pytest.raises(InputError, match=r"another length \(9 steps, more than 8\).*say restart"):
+        run(8, restart=False)
+    assert aside() == 0 and run(9, restart=False) == 9
+    assert [(run(steps), aside()) for steps in (8, 10, 2)] == [(8, 1), (10, 1), (2, 2)]
     assert [r["step"] for r in log_of(tmp_path, "step")] == [1, 2]
 
 
@@ -138,3 +146,52 @@ def test_a_rate_below_the_floor_is_not_raised_to_it(lr, floor):
     """The floor ends a decay; it is no rate that nobody asked for."""
     r = recipe("paper", lr=lr, lr_floor=floor)
     assert {learning_rate(r, age) for age in (0, 19, 20, 119)} == {lr}
+
+
+# --- the second list ---------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_written_late_is_of_the_step_it_names(tmp_path, monkeypatch):
+    """By a thread that does nothing before somebody waits for it, while training goes on."""
+    asked = {}
+
+    class Late(contextlib.nullcontext):
+        def __enter__(self):
+            return self
+
+        def submit(self, function, folder, step, tensors, state):
+            asked[step] = {k: v.clone() for k, v in tensors.items()}
+            return SimpleNamespace(result=lambda: function(folder, step, tensors, state))
+
+    monkeypatch.setattr(training, "ThreadPoolExecutor", Late)
+    r, speed = recipe("paper", **WALK), Speed(read_every=2, checkpoint_seconds=0)
+    t = Trainer(loaded(0), patches(2), r, tmp_path, checkpoint_every=2, speed=speed)
+    assert t.fit(progress=False, steps=5) and list(asked) == [2, 4]
+    for step, then in asked.items():
+        kept = load_file(tmp_path / f"checkpoints/step-{step:09d}.safetensors")
+        assert kept.keys() == then.keys() and all(torch.equal(v, then[k]) for k, v in kept.items())
+    assert not torch.equal(asked[2]["model.encoder.embed.weight"], asked[4]["model.encoder.embed.weight"])
+
+
+def test_what_train_hands_back_is_ready_for_use(tmp_path, quick):
+    """Every module in evaluation mode, also after a run that was stopped, and as it is in the file."""
+    for steps in (3, 0):
+        model = loaded(0)
+        train(model, patches(2), recipe("paper", **WALK), tmp_path, steps=steps, progress=False)
+        assert not [name for name, m in model.named_modules() if m.training]
+        saved = load_file(tmp_path / "weights.safetensors")
+        assert all(torch.equal(v, saved[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("start", [0, 1, AT_ONCE, AT_ONCE + 1])
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_epoch_from_memory_may_be_long(start, size):
+    """Longer than what travels together, by a whole and by a part, from any batch on."""
+    data = PatchSet([pair(shape=(40, 29))], patch=16, stride=2, gain=0.2, seed=3)
+    assert len(data) // size > AT_ONCE and len(data) // size % AT_ONCE
+    same = zip(
+        data.batches(5, size, start=start),
+        ResidentPatches(data, "cpu").batches(5, size, start=start),
+        strict=True,
+    )
+    assert all(torch.equal(a[k], b[k]) for a, b in same for k in a)
