@@ -9,7 +9,7 @@ __all__ = ['DETECTION_RECIPES', 'WRITTEN', 'DetectionRecipe', 'detection_recipe'
 # %% ../../nbs/08_tasks/10_detection.ipynb #9b07a99d
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from ..core.checks import InputError
 from ..core.provenance import write_json
-from ..data.pairs import get_pairs
+from ..data.pairs import PairSet, get_pairs
+from ..data.registry import find_set
 from .detection_scores import Detections
 from .detector import DETECTORS, Detector, DetectorConfig, new_detector
 from .loop import TaskRecipe, TaskTrainer, change, train_task
@@ -130,9 +131,19 @@ def evaluate(
     return found
 
 # %% ../../nbs/08_tasks/10_detection.ipynb #b3fe4673
-def _fused_folder(part: str, data: str | Path, fused: str | Path) -> Path | None:
+def _has_parts(set: str) -> bool:
+    "Whether a set of the registry comes with a training and a test part."
+    return bool(set) and {"train", "test"} <= find_set(set).splits.keys()
+
+def _set_parts(set: str, root: str | Path, seed: int) -> Mapping[str, PairSet]:
+    "The parts of a set: its own, or those of a division by scenes."
+    if _has_parts(set): return {part: get_pairs(set, part, root=root or None) for part in ("train", "test")}
+    return split_scenes(get_pairs(set, "detection", root=root or None), seed=seed)
+
+def _fused_folder(part: str, data: str | Path, fused: str | Path, set: str) -> Path | None:
     "Where the fused images of a part lie; None if that was not said."
-    if data: return Path(fused, part) if fused else Path(data, part, "fused")
+    if data and not fused: return Path(data, part, "fused")
+    if data or _has_parts(set): return Path(fused, part) if fused else None
     return Path(fused) if fused else None
 
 # %% ../../nbs/08_tasks/10_detection.ipynb #5ff9643c
@@ -142,7 +153,7 @@ def open_inputs(
     data: str | Path = "",  # folder that holds train/ and test/
     set: str = "",  # instead of `data`: a set of the registry with boxes, such as M3FD
     root: str | Path = "",  # where sets lie; empty: SMFNET_DATA, then data/
-    fused: str | Path = "",  # of data: <part>/<input>/ in it, empty: <data>/<part>/fused; of a set: <input>/
+    fused: str | Path = "",  # <part>/<input>/ in it, empty: <data>/<part>/fused; set without parts: <input>/
     size: tuple[int, int] | None = None,  # H, W, to which everything is resized
     split_seed: int = 0,  # of the division of a set
     names: Sequence[str] = ("train", "test"),  # which parts
@@ -151,11 +162,11 @@ def open_inputs(
     if bool(data) == bool(set):
         raise InputError("give either data, a folder with train/ and test/, or the name of a set")
     if data: parts = {part: get_pairs(Path(data, part)) for part in names}
-    else: parts = split_scenes(get_pairs(set, "detection", root=root or None), seed=split_seed)
+    else: parts = _set_parts(set, root, split_seed)
     check_leaks({part: parts[part] for part in names})
 
     def one(part: str, name: str) -> Samples:
-        folder = _fused_folder(part, data, fused) if name not in SOURCES else None
+        folder = _fused_folder(part, data, fused, set) if name not in SOURCES else None
         return Samples(parts[part], name, targets="boxes", fused=folder, size=tuple(size) if size else None)
 
     return {name: tuple(one(part, name) for part in names) for name in inputs}
