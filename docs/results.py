@@ -89,16 +89,14 @@ def short_notes(rows: pd.DataFrame, name: str, when: str) -> list[str]:
     ]
 
 
-WORDS = (
-    "*In print*: the paper's own tables. *Public sets*: how many pairs they have. *In code*: what the "
-    "definitions do. "
-    "*Our weights*: the network of the paper's size that was trained here. *Other methods' images*: public "
-    "images, "
-    "measured. *Stand-ins*: small networks or rendered scenes, which can only illustrate. *Open*: the "
-    "numbers do "
-    "not decide. *Not printed*, *not known*: the numbers that would decide are not stated. *For your "
-    "eyes*: a "
-    "statement about looks."
+WORDS = " ".join(
+    """
+    *In print*: the paper's own tables. *Public sets*: how many pairs they have. *In code*: what the definitions
+    do. *Our weights*: the network of the paper's size that was trained here. *Other methods' images*: public
+    images, measured. *Stand-ins*: small networks or rendered scenes, which can only illustrate. *Open*: the
+    numbers do not decide. *Not printed*, *not known*: the numbers that would decide are not stated. *For your
+    eyes*: a statement about looks.
+    """.split()
 )
 
 
@@ -143,9 +141,8 @@ def gallery() -> list[str]:
 TITLES = {
     "paper": (
         "ours, the paper's size",
-        "Trained here on RoadScene by one core in three hours. Chosen on pairs that were set aside; the "
-        "test sets "
-        "were measured once.",
+        "Trained here on RoadScene by one core in three hours and chosen on pairs that were set aside; no "
+        "test set had a say.",
     ),
     "tiny": (
         "ours, tiny",
