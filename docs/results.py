@@ -91,9 +91,9 @@ def short_notes(rows: pd.DataFrame, name: str, when: str) -> list[str]:
 
 WORDS = " ".join(
     """
-    *In print*: the paper's own tables. *Public sets*: how many pairs they have. *In code*: what the definitions
-    do. *Our weights*: the network of the paper's size that was trained here. *Other methods' images*: public
-    images, measured. *Stand-ins*: small networks or rendered scenes, which can only illustrate. *Open*: the
+    *In print*: the paper's own tables. *Public sets*: how many pairs they have. *In code*: what the
+    definitions do. *Our weights*: the network of the paper's size that was trained here. *Other methods' images*:
+    public images, measured. *Stand-ins*: small networks or rendered scenes, which can only illustrate. *Open*: the
     numbers do not decide. *Not printed*, *not known*: the numbers that would decide are not stated. *For your
     eyes*: a statement about looks.
     """.split()
@@ -141,14 +141,13 @@ def gallery() -> list[str]:
 TITLES = {
     "paper": (
         "ours, the paper's size",
-        "Trained here on RoadScene by one core in three hours and chosen on pairs that were set aside; no "
-        "test set had a say.",
+        "Trained here on RoadScene by one core in three hours and chosen on pairs that were set aside; "
+        "nothing about its training was decided by a test set.",
     ),
     "tiny": (
         "ours, tiny",
         "A small relative of the published network. Its last training phases were added after a look at "
-        "the means "
-        "of these very test sets, which flatters its row.",
+        "the means of these very test sets, which flatters its row.",
     ),
 }
 
