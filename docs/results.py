@@ -92,10 +92,10 @@ def short_notes(rows: pd.DataFrame, name: str, when: str) -> list[str]:
 WORDS = " ".join(
     """
     *In print*: the paper's own tables. *Public sets*: how many pairs they have. *In code*: what the
-    definitions do. *Our weights*: the network of the paper's size that was trained here. *Other methods' images*:
-    public images, measured. *Stand-ins*: small networks or rendered scenes, which can only illustrate. *Open*: the
-    numbers do not decide. *Not printed*, *not known*: the numbers that would decide are not stated. *For your
-    eyes*: a statement about looks.
+    definitions do. *Our weights*: the network of the paper's size that was trained here. *Other
+    methods' images*: public images, measured. *Stand-ins*: small networks or rendered scenes, which can
+    only illustrate. *Open*: the numbers do not decide. *Not printed*, *not known*: the numbers that
+    would decide are not stated. *For your eyes*: a statement about looks.
     """.split()
 )
 
